@@ -1,0 +1,45 @@
+"""torchpool: pooling layers for PyTorch. Any windows × any reduction, over images, volumes and sequences."""
+
+from torchpool.functional import *  # noqa: F403  the names of its __all__: pool, explain and torch's functions
+from torchpool.reductions import (
+    Accumulation,
+    LogMeanExp,
+    Lp,
+    Max,
+    Mean,
+    Min,
+    PowerMean,
+    Reduction,
+    Selection,
+    SoftmaxMean,
+    Std,
+    Sum,
+    Var,
+)
+from torchpool.windows import Adaptive, Axis, Fractional, Global, Window, Windows
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accumulation",
+    "Adaptive",
+    "Axis",
+    "Fractional",
+    "Global",
+    "LogMeanExp",
+    "Lp",
+    "Max",
+    "Mean",
+    "Min",
+    "PowerMean",
+    "Reduction",
+    "Selection",
+    "SoftmaxMean",
+    "Std",
+    "Sum",
+    "Var",
+    "Window",
+    "Windows",
+    "convert",
+    "nn",
+]

@@ -1,0 +1,1 @@
+"""The same operations three times: `reference` (plain torch), `cpu` (Numba), `gpu` (Triton)."""

@@ -1,0 +1,294 @@
+"""The engine: operator schemas, fakes, autograd, and which backend runs.
+
+Each operator is defined once with `torch.library`. The device decides which kernels are asked first (Numba on the CPU, Triton on CUDA); a kernel that does not
+serve a case says why, and the reference runs. Windows travel as a flat list of integers (seven per `Axis`), reductions as text (`Reduction.spec`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchpool.kernels import layout, reference
+from torchpool.reductions import Max, Reduction, from_spec
+from torchpool.windows import Axis
+
+_BACKENDS = {"cpu": "torchpool.kernels.cpu", "gpu": "torchpool.kernels.gpu", "reference": "torchpool.kernels.reference"}
+_FIRST = {"cpu": "cpu", "cuda": "gpu"}
+
+_library = torch.library.Library("torchpool", "DEF")
+_library.define("select(Tensor x, Tensor? mask, Tensor? starts, str reduction, SymInt[] axes, bool save) -> (Tensor, Tensor)")
+_library.define("select_backward(Tensor grad, Tensor state, Tensor? starts, SymInt[] axes) -> Tensor")
+_library.define("select_take(Tensor x, Tensor state, Tensor? starts, SymInt[] axes) -> Tensor")
+_library.define(
+    "accumulate(Tensor x, Tensor? mask, Tensor? weights, Tensor? params, Tensor? starts, str reduction, SymInt[] axes, bool save) -> (Tensor, Tensor)"
+)
+_library.define(
+    "accumulate_backward(Tensor grad, Tensor x, Tensor? mask, Tensor? weights, Tensor? params, Tensor? starts, Tensor stats, str reduction, SymInt[] axes, "
+    "bool channels_last, bool[] needs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def pack(axes: Sequence[Axis]) -> list[int]:
+    """Axes as the flat list of integers that operators take."""
+    return [number for axis in axes for number in axis]
+
+
+def unpack(numbers: Sequence[int]) -> tuple[Axis, ...]:
+    """The inverse of `pack`."""
+    width = len(Axis._fields)
+    return tuple(Axis(*numbers[i : i + width]) for i in range(0, len(numbers), width))
+
+
+# Which backend runs -----------------------------------------------------------------------------------
+
+
+def refusals(operation: str, device: torch.device, *case: Any) -> tuple[ModuleType, dict[str, str]]:
+    """The backend that serves a case, and why those asked before it do not.
+
+    Args:
+        operation: "select" or "accumulate".
+        device: where the input lies.
+        case: the arguments of the backends' `why_not_<operation>`.
+    Raises:
+        ValueError: TORCHPOOL_BACKEND names no backend, or one that does not serve the case.
+    """
+    forced = os.environ.get("TORCHPOOL_BACKEND")
+    if forced is not None and forced not in _BACKENDS:
+        raise ValueError(f"TORCHPOOL_BACKEND={forced!r} must be one of {', '.join(_BACKENDS)}")
+    reasons: dict[str, str] = {}
+    for name in (forced,) if forced else (_FIRST.get(device.type), "reference"):
+        if name is None:
+            continue
+        try:
+            backend = importlib.import_module(_BACKENDS[name])
+        except ImportError as error:
+            reasons[name] = f"it cannot be imported: {error}"
+            continue
+        reason = getattr(backend, f"why_not_{operation}")(*case)
+        if reason is None:
+            return backend, reasons
+        reasons[name] = reason
+    raise ValueError(f"TORCHPOOL_BACKEND={forced!r} does not serve this case: {reasons[forced or 'reference']}")
+
+
+def _backend(operation: str, device: torch.device, *case: Any) -> ModuleType:
+    return refusals(operation, device, *case)[0]
+
+
+# Kernels ----------------------------------------------------------------------------------------------
+
+
+def _select(x: Tensor, mask: Tensor | None, starts: Tensor | None, reduction: str, axes: Sequence[int], save: bool) -> tuple[Tensor, Tensor]:
+    case = (layout.dense(x), mask, starts, from_spec(reduction), unpack(axes))
+    result: tuple[Tensor, Tensor] = _backend("select", x.device, *case).select(*case, save)
+    return result
+
+
+def _select_backward(grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[int]) -> Tensor:
+    grad = layout.to_layout(grad, layout.is_channels_last(state))
+    windows = unpack(axes)
+    result: Tensor = _backend("select", grad.device, grad, None, starts, Max(), windows).select_backward(grad, state, starts, windows)
+    return result
+
+
+def _select_take(x: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[int]) -> Tensor:
+    return reference.select_take(x, state, starts, unpack(axes))
+
+
+def _accumulate(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    starts: Tensor | None,
+    reduction: str,
+    axes: Sequence[int],
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    case = (layout.dense(x), mask, weights, params, from_spec(reduction), unpack(axes))
+    if starts is not None:
+        return reference.accumulate(*case, save, starts)
+    result: tuple[Tensor, Tensor] = _backend("accumulate", x.device, *case).accumulate(*case, save)
+    return result
+
+
+def _accumulate_backward(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    starts: Tensor | None,
+    stats: Tensor,
+    reduction: str,
+    axes: Sequence[int],
+    channels_last: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = layout.to_layout(grad, channels_last)
+    kind, windows = from_spec(reduction), unpack(axes)
+    x = layout.to_layout(x, channels_last) if x.numel() else x
+    if starts is not None:
+        gradients = reference.accumulate_backward(grad, x, mask, weights, params, stats, kind, windows, needs, starts)
+    else:
+        backend = _backend("accumulate", grad.device, x if x.numel() else grad, mask, weights, params, kind, windows)
+        gradients = backend.accumulate_backward(grad, x, mask, weights, params, stats, kind, windows, needs)
+    gx, gw, gp = gradients
+    return (layout.to_layout(gx, channels_last) if needs[0] else gx), (gw.contiguous() if needs[1] else gw), gp
+
+
+for _name, _kernel in {
+    "select": _select,
+    "select_backward": _select_backward,
+    "select_take": _select_take,
+    "accumulate": _accumulate,
+    "accumulate_backward": _accumulate_backward,
+}.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+# Fakes ------------------------------------------------------------------------------------------------
+
+
+def _outs(axes: Sequence[int]) -> list[int]:
+    return [axis.out_size for axis in unpack(axes)]
+
+
+def _ins(axes: Sequence[int]) -> list[int]:
+    return [axis.in_size for axis in unpack(axes)]
+
+
+@torch.library.register_fake("torchpool::select", lib=_library)
+def _(x: Tensor, mask: Any, starts: Any, reduction: str, axes: Sequence[int], save: bool) -> tuple[Tensor, Tensor]:
+    y = layout.empty_like(x, _outs(axes))
+    dtype = layout.state_dtype(unpack(axes))
+    return y, layout.empty_like(x, _outs(axes), dtype) if save else x.new_empty(0, dtype=dtype)
+
+
+@torch.library.register_fake("torchpool::select_backward", lib=_library)
+def _(grad: Tensor, state: Tensor, starts: Any, axes: Sequence[int]) -> Tensor:
+    return layout.empty_like(state, _ins(axes), grad.dtype)
+
+
+@torch.library.register_fake("torchpool::select_take", lib=_library)
+def _(x: Tensor, state: Tensor, starts: Any, axes: Sequence[int]) -> Tensor:
+    return layout.empty_like(state, _outs(axes), x.dtype)
+
+
+@torch.library.register_fake("torchpool::accumulate", lib=_library)
+def _(
+    x: Tensor, mask: Any, weights: Any, params: Any, starts: Any, reduction: str, axes: Sequence[int], save: bool
+) -> tuple[Tensor, Tensor]:
+    kind = from_spec(reduction)
+    return layout.empty_like(x, _outs(axes), layout.result_dtype(x.dtype, kind)), layout.empty_stats(x, _outs(axes), kind, save)
+
+
+@torch.library.register_fake("torchpool::accumulate_backward", lib=_library)
+def _(
+    grad: Tensor,
+    x: Any,
+    mask: Any,
+    weights: Any,
+    params: Tensor | None,
+    starts: Any,
+    stats: Any,
+    reduction: str,
+    axes: Sequence[int],
+    channels_last: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*grad.shape[:2], *_ins(axes))
+    dtype = layout.compute_dtype(grad.dtype)
+    gx = layout.to_layout(grad.new_empty(shape), channels_last) if needs[0] else grad.new_empty(0)
+    gw = grad.new_empty(shape if needs[1] else (0,), dtype=dtype)
+    gp = grad.new_empty(params.shape if needs[2] and params is not None else (0,), dtype=dtype)
+    return gx, gw, gp
+
+
+# Autograd ---------------------------------------------------------------------------------------------
+
+
+def _save_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, mask, starts, _, ctx.axes, save = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1] if save else None, mask, starts)
+
+
+def _select_grad(ctx: Any, grad: Tensor, _state: Any) -> tuple[Any, ...]:
+    state, mask, starts = ctx.saved_tensors
+    if state is None:
+        raise RuntimeError("torchpool::select was called with save=False, so it cannot be differentiated; call it through tp.pool")
+    gx = torch.ops.torchpool.select_backward(grad, state, starts, ctx.axes)
+    # A window with no valid element points to its first element: that gets nothing.
+    return gx if mask is None else gx.masked_fill(~mask, 0), None, None, None, None, None
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, state, starts, ctx.axes = inputs
+    ctx.save_for_backward(state, starts)
+
+
+def _select_backward_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    state, starts = ctx.saved_tensors
+    return torch.ops.torchpool.select_take(grad, state, starts, ctx.axes), None, None, None
+
+
+def _select_take_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    state, starts = ctx.saved_tensors
+    return torch.ops.torchpool.select_backward(grad, state, starts, ctx.axes), None, None, None
+
+
+def _save_accumulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, mask, weights, params, starts, ctx.reduction, ctx.axes, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    kind: Reduction = from_spec(ctx.reduction)
+    ctx.channels_last = layout.is_channels_last(x)
+    keeps_x = not kind.linear or weights is not None  # type: ignore[attr-defined]
+    ctx.save_for_backward(x if keeps_x else x.new_empty(0), mask, weights, params, starts, output[1] if output[1].numel() else None)
+
+
+def _accumulate_grad(ctx: Any, grad: Tensor, _stats: Any) -> tuple[Any, ...]:
+    x, mask, weights, params, starts, stats = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], weights is not None and ctx.needs_input_grad[2], params is not None and ctx.needs_input_grad[3]]
+    stats = grad.new_empty(0, dtype=layout.compute_dtype(grad.dtype)) if stats is None else stats
+    gx, gw, gp = torch.ops.torchpool.accumulate_backward(
+        grad, x, mask, weights, params, starts, stats, ctx.reduction, ctx.axes, ctx.channels_last, needs
+    )
+    return gx if needs[0] else None, None, gw.to(weights.dtype) if needs[1] else None, gp if needs[2] else None, None, None, None, None
+
+
+def _save_accumulate_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, x, mask, weights, params, starts, _, ctx.reduction, ctx.axes, _, ctx.needs = inputs
+    ctx.save_for_backward(grad, x, mask, weights, params, starts)
+
+
+def _accumulate_double_grad(ctx: Any, *outer: Any) -> tuple[Any, ...]:
+    """Differentiates the composite of the hand-written derivatives."""
+    grad, x, mask, weights, params, starts = ctx.saved_tensors
+    kind, axes = from_spec(ctx.reduction), unpack(ctx.axes)
+    if not x.numel():
+        x = grad.new_zeros(()).expand(*grad.shape[:2], *_ins(ctx.axes))
+    with torch.enable_grad():
+        inputs = [None if t is None else t.detach().requires_grad_() for t in (grad, x, weights, params)]
+        g, v, w, p = inputs
+        made = reference.composite_accumulate_backward(g, v, mask, w, p, kind, axes, ctx.needs, starts)
+        pairs = [(made_one, o) for made_one, o in zip(made, outer, strict=True) if made_one is not None and o is not None and o.numel()]
+        wanted = [t for t in inputs if t is not None]
+        found = torch.autograd.grad([m for m, _ in pairs], wanted, [o.to(m.dtype) for m, o in pairs], allow_unused=True)
+    grads = iter(found)
+    gg, gx, gw, gp = (None if t is None else next(grads) for t in inputs)
+    return gg, gx if ctx.saved_tensors[1].numel() else None, None, gw, gp, None, None, None, None, None, None
+
+
+torch.library.register_autograd("torchpool::select", _select_grad, setup_context=_save_select, lib=_library)
+torch.library.register_autograd("torchpool::select_backward", _select_backward_grad, setup_context=_save_linear, lib=_library)
+torch.library.register_autograd("torchpool::select_take", _select_take_grad, setup_context=_save_linear, lib=_library)
+torch.library.register_autograd("torchpool::accumulate", _accumulate_grad, setup_context=_save_accumulate, lib=_library)
+torch.library.register_autograd("torchpool::accumulate_backward", _accumulate_double_grad, setup_context=_save_accumulate_backward, lib=_library)
