@@ -254,8 +254,13 @@ def _fractional_starts(windows: Fractional, x: Tensor, axes: Sequence[Axis]) -> 
 
 
 def _needs_composite() -> bool:
-    """Whether ordinary torch operators are asked for: an exported graph, or forward-mode derivatives."""
-    return torch.compiler.is_exporting() or forward_ad._current_level >= 0
+    """Whether ordinary torch operators are asked for: an exported graph, forward-mode derivatives, or torch.func's derivatives."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    if forward_ad._current_level >= 0:
+        return True
+    transforms = torch._C._functorch.get_interpreter_stack()
+    return transforms is not None and any(t.key() != torch._C._functorch.TransformType.Vmap for t in transforms)
 
 
 def _run(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
