@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torchpool import ops
-from torchpool.kernels import layout, reference
+from torchpool.kernels import layout, lowering, reference
 from torchpool.reductions import Accumulation, Lp, Max, Mean, Reduction, Selection, Sum
 from torchpool.unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from torchpool.windows import Adaptive, Axis, Fractional, Padding, Size, Window, Windows
@@ -149,7 +149,8 @@ def _case(
     if any(size == 0 for size in sizes):
         raise ValueError(f"x of shape {tuple(x.shape)} has a pooled axis of size 0; pooled axes need at least one element")
     try:
-        axes = windows.axes(sizes)
+        symbolic = torch.compiler.is_exporting() and isinstance(windows, Adaptive)
+        axes = windows.axes(sizes, symbolic=True) if symbolic else windows.axes(sizes)  # type: ignore[call-arg]
     except ValueError as error:
         raise ValueError(f"{error} (x has shape {tuple(x.shape)}, pooled axes {view.pooled})") from None
     if any(axis.out_size == 0 for axis in axes):
@@ -266,6 +267,8 @@ def _needs_composite() -> bool:
 def _run(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
     if isinstance(case.reduction, Selection):
         return _run_selection(case, return_indices)
+    if torch.compiler.is_exporting():
+        return lowering.accumulate(case.x, case.mask, case.weights, case.params, case.starts, case.reduction, case.axes), None
     if _needs_composite():
         return reference.composite_accumulate(case.x, case.mask, case.weights, case.params, case.reduction, case.axes, case.starts), None
     tensors = (case.x, case.weights, case.params)
@@ -277,6 +280,8 @@ def _run(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
 
 
 def _run_selection(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
+    if torch.compiler.is_exporting() and not return_indices:
+        return lowering.select(case.x, case.mask, case.starts, case.reduction, case.axes), None
     if _needs_composite():
         return reference.composite_select(case.x, case.mask, case.starts, case.reduction, case.axes)
     save = return_indices or (torch.is_grad_enabled() and case.x.requires_grad)

@@ -232,9 +232,12 @@ class Window(Windows):
         before, after = padding
         reach = dilation * (kernel - 1) + 1
         room = in_size + before + after - reach
-        out = (room + (stride - 1 if self.ceil_mode else 0)) // stride + 1
-        if self.ceil_mode and (out - 1) * stride >= in_size + before:
-            out -= 1
+        if self.padding in ("same", "same_lower"):
+            out = (in_size + stride - 1) // stride
+        elif self.ceil_mode:
+            out = min((room + stride - 1) // stride, (in_size + before - 1) // stride) + 1
+        else:
+            out = room // stride + 1
         if out < 1:
             raise ValueError(
                 f"{self} does not fit an input of size {in_size}: a window spans {reach} elements, the input with its padding has "
@@ -270,7 +273,7 @@ def _named_pair(padding: str, in_size: int, kernel: int, stride: int, dilation: 
         return (0, 0)
     if padding == "causal":
         return (reach, 0)
-    total = max(0, (-(-in_size // stride) - 1) * stride + reach + 1 - in_size)
+    total = max(0, (in_size - 1) // stride * stride + reach + 1 - in_size)
     small, large = total // 2, total - total // 2
     return (small, large) if padding == "same" else (large, small)
 
@@ -299,16 +302,19 @@ class Adaptive(Windows):
     def num_axes(self) -> int | None:
         return _length(self.output_size)
 
-    def axes(self, in_sizes: Sequence[int]) -> tuple[Axis, ...]:
+    def axes(self, in_sizes: Sequence[int], symbolic: bool = False) -> tuple[Axis, ...]:
+        """As `Windows.axes`; for symbolic sizes `kernel` is a bound without a case distinction."""
         sizes = (None,) * len(in_sizes) if self.output_size is None else _spread(self.output_size, len(in_sizes), "output_size")
-        return tuple(_adaptive_axis(i, i if o is None else o) for i, o in zip(in_sizes, sizes, strict=True))
+        return tuple(_adaptive_axis(i, i if o is None else o, symbolic) for i, o in zip(in_sizes, sizes, strict=True))
 
 
-def _adaptive_axis(in_size: int, out_size: int) -> Axis:
+def _adaptive_axis(in_size: int, out_size: int, symbolic: bool) -> Axis:
     if out_size == 0:
         return Axis(in_size, 0, 1, 0, 1, 0, 0)
-    # Exact where the sizes divide, else a bound that may be one too long: no loop and no gcd, so that symbolic sizes stay symbolic.
-    longest = in_size // out_size if in_size % out_size == 0 else (in_size + 2 * out_size - 2) // out_size
+    if not symbolic and in_size % out_size == 0:
+        longest = in_size // out_size
+    else:  # at most one too long; no gcd, which symbolic sizes do not have
+        longest = (in_size + 2 * out_size - 2) // out_size
     return Axis(in_size, out_size, longest, 0, 1, 0, 0)
 
 

@@ -109,15 +109,24 @@ def _bands(axes: Sequence[Axis], starts: Tensor | None, x: Tensor) -> Iterator[t
 
 def _windows_of(axes: Sequence[Corner]) -> tuple[Tensor, Tensor]:
     """Flat positions of all taps, (1 | N, 1 | C, *O, prod K), and whether they lie inside the input."""
-    taps = math.prod(corner.axis.kernel for corner in axes)
-    return locate(torch.arange(taps, device=axes[0].start.device), axes)
+    d = len(axes)
+    flat: Tensor | int = 0
+    inside: Tensor | bool = True
+    for i, (axis, start, stop) in enumerate(axes):
+        taps = torch.arange(axis.kernel, device=start.device) * axis.dilation
+        position = start.reshape(*start.shape[:-1], *(1,) * d) + taps.reshape(-1, *(1,) * (d - 1 - i))
+        limit = stop if not isinstance(stop, Tensor) else stop.reshape(*stop.shape[:-1], *(1,) * d)
+        inside = inside & (position >= 0) & (position < limit)
+        flat = flat * axis.in_size + position.clamp(0, axis.in_size - 1)
+    assert isinstance(flat, Tensor) and isinstance(inside, Tensor)
+    return flat.flatten(-d), inside.expand(flat.shape).flatten(-d)
 
 
 def _gather(x: Tensor, flat: Tensor) -> Tensor:
     """x (N, C, *S) -> its elements at `flat` (1 | N, 1 | C, *O, taps) -> (N, C, *O, taps)."""
     x = x.flatten(2)
     if flat.shape[0] == flat.shape[1] == 1:
-        return x.index_select(2, flat.reshape(-1)).reshape(*x.shape[:2], *flat.shape[2:])
+        return x[:, :, flat[0, 0]]
     return x.gather(2, flat.expand(*x.shape[:2], *flat.shape[2:]).flatten(2)).reshape(*x.shape[:2], *flat.shape[2:])
 
 
@@ -133,6 +142,12 @@ def _scatter(values: Tensor, flat: Tensor, sizes: Sequence[int]) -> Tensor:
     else:
         total = total.index_put((index,), values.reshape(-1), accumulate=True)
     return total.reshape(n, c, *sizes)
+
+
+def windows(x: Tensor, mask: Tensor | None, starts: Tensor | None, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
+    """All windows of x (N, C, *S) -> (N, C, *O, taps), and which taps take part."""
+    flat, inside = _windows_of(corners(axes, starts, x.device))
+    return _gather(x, flat), inside if mask is None else inside & _gather(mask, flat)
 
 
 # Selection ------------------------------------------------------------------------------------------
@@ -390,14 +405,10 @@ def composite_select(
     x: Tensor, mask: Tensor | None, starts: Tensor | None, reduction: Selection, axes: Sequence[Axis]
 ) -> tuple[Tensor, Tensor]:
     """Values and flat positions (int64, -1 for an empty window) of all windows."""
-    part = corners(axes, starts, x.device)
-    flat, inside = _windows_of(part)
-    valid = inside if mask is None else inside & _gather(mask, flat)
-    windows = _gather(x.to(_WIDE.get(x.dtype, x.dtype)), flat)
-    offset, seen = _choose(windows.detach(), valid, reduction)
-    offset = offset.unsqueeze(-1)
-    y = torch.where(seen, windows.gather(-1, offset).squeeze(-1), 0).to(x.dtype)
-    indices = flat.expand(windows.shape).gather(-1, offset).squeeze(-1)
+    taken, valid = windows(x.to(_WIDE.get(x.dtype, x.dtype)), mask, starts, axes)
+    offset, seen = _choose(taken.detach(), valid, reduction)
+    y = torch.where(seen, taken.gather(-1, offset.unsqueeze(-1)).squeeze(-1), 0).to(x.dtype)
+    indices = winners(offset, starts, axes)[0]
     return y, torch.where(seen, indices, -1)
 
 
