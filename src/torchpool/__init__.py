@@ -1,4 +1,5 @@
-"""torchpool: pooling layers for PyTorch. Any windows × any reduction, over images, volumes and sequences."""
+"""torchpool: pooling layers for PyTorch. Any windows × any reduction, over images, volumes and
+sequences."""
 
 from torchpool.functional import *  # noqa: F403  the names of its __all__: pool, explain and torch's functions
 from torchpool.reductions import (

@@ -1,7 +1,9 @@
 """The engine: operator schemas, fakes, autograd, and which backend runs.
 
-Each operator is defined once with `torch.library`. The device decides which kernels are asked first (Numba on the CPU, Triton on CUDA); a kernel that does not
-serve a case says why, and the reference runs. Windows travel as a flat list of integers (seven per `Axis`), reductions as text (`Reduction.spec`).
+Each operator is defined once with `torch.library`. The device decides which kernels are asked first
+(Numba on the CPU, Triton on CUDA); a kernel that does not
+serve a case says why, and the reference runs. Windows travel as a flat list of integers (seven per
+`Axis`), reductions as text (`Reduction.spec`).
 """
 
 from __future__ import annotations
@@ -19,18 +21,29 @@ from torchpool.kernels import layout, reference
 from torchpool.reductions import Max, Reduction, from_spec
 from torchpool.windows import Axis
 
-_BACKENDS = {"cpu": "torchpool.kernels.cpu", "gpu": "torchpool.kernels.gpu", "reference": "torchpool.kernels.reference"}
+_BACKENDS = {
+    "cpu": "torchpool.kernels.cpu",
+    "gpu": "torchpool.kernels.gpu",
+    "reference": "torchpool.kernels.reference",
+}
 _FIRST = {"cpu": "cpu", "cuda": "gpu"}
 
-_library = torch.library.Library("torchpool", "DEF")
-_library.define("select(Tensor x, Tensor? mask, Tensor? starts, str reduction, SymInt[] axes, bool save) -> (Tensor, Tensor)")
-_library.define("select_backward(Tensor grad, Tensor state, Tensor? starts, SymInt[] axes) -> Tensor")
-_library.define("select_take(Tensor x, Tensor state, Tensor? starts, SymInt[] axes) -> Tensor")
+_library: Any = torch.library.Library("torchpool", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "accumulate(Tensor x, Tensor? mask, Tensor? weights, Tensor? params, Tensor? starts, str reduction, SymInt[] axes, bool save) -> (Tensor, Tensor)"
+    "select(Tensor x, Tensor? mask, Tensor? starts, str reduction, "
+    "SymInt[] axes, bool save) -> (Tensor, Tensor)"
 )
 _library.define(
-    "accumulate_backward(Tensor grad, Tensor x, Tensor? mask, Tensor? weights, Tensor? params, Tensor? starts, Tensor stats, str reduction, SymInt[] axes, "
+    "select_backward(Tensor grad, Tensor state, Tensor? starts, SymInt[] axes) -> Tensor"
+)
+_library.define("select_take(Tensor x, Tensor state, Tensor? starts, SymInt[] axes) -> Tensor")
+_library.define(
+    "accumulate(Tensor x, Tensor? mask, Tensor? weights, Tensor? params, Tensor? "
+    "starts, str reduction, SymInt[] axes, bool save) -> (Tensor, Tensor)"
+)
+_library.define(
+    "accumulate_backward(Tensor grad, Tensor x, Tensor? mask, Tensor? weights, "
+    "Tensor? params, Tensor? starts, Tensor stats, str reduction, SymInt[] axes, "
     "bool channels_last, bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -46,7 +59,7 @@ def unpack(numbers: Sequence[int]) -> tuple[Axis, ...]:
     return tuple(Axis(*numbers[i : i + width]) for i in range(0, len(numbers), width))
 
 
-# Which backend runs -----------------------------------------------------------------------------------
+# Which backend runs
 
 
 def refusals(operation: str, device: torch.device, *case: Any) -> tuple[ModuleType, dict[str, str]]:
@@ -75,26 +88,39 @@ def refusals(operation: str, device: torch.device, *case: Any) -> tuple[ModuleTy
         if reason is None:
             return backend, reasons
         reasons[name] = reason
-    raise ValueError(f"TORCHPOOL_BACKEND={forced!r} does not serve this case: {reasons[forced or 'reference']}")
+    raise ValueError(
+        f"TORCHPOOL_BACKEND={forced!r} does not serve this case: {reasons[forced or 'reference']}"
+    )
 
 
 def _backend(operation: str, device: torch.device, *case: Any) -> ModuleType:
     return refusals(operation, device, *case)[0]
 
 
-# Kernels ----------------------------------------------------------------------------------------------
+# Kernels
 
 
-def _select(x: Tensor, mask: Tensor | None, starts: Tensor | None, reduction: str, axes: Sequence[int], save: bool) -> tuple[Tensor, Tensor]:
+def _select(
+    x: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    reduction: str,
+    axes: Sequence[int],
+    save: bool,
+) -> tuple[Tensor, Tensor]:
     case = (layout.dense(x), mask, starts, from_spec(reduction), unpack(axes))
     result: tuple[Tensor, Tensor] = _backend("select", x.device, *case).select(*case, save)
     return result
 
 
-def _select_backward(grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[int]) -> Tensor:
+def _select_backward(
+    grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[int]
+) -> Tensor:
     grad = layout.to_layout(grad, layout.is_channels_last(state))
     windows = unpack(axes)
-    result: Tensor = _backend("select", grad.device, grad, None, starts, Max(), windows).select_backward(grad, state, starts, windows)
+    result: Tensor = _backend(
+        "select", grad.device, grad, None, starts, Max(), windows
+    ).select_backward(grad, state, starts, windows)
     return result
 
 
@@ -136,10 +162,23 @@ def _accumulate_backward(
     kind, windows = from_spec(reduction), unpack(axes)
     x = layout.to_layout(x, channels_last) if x.numel() else x
     if starts is not None:
-        gradients = reference.accumulate_backward(grad, x, mask, weights, params, stats, kind, windows, needs, starts)
+        gradients = reference.accumulate_backward(
+            grad, x, mask, weights, params, stats, kind, windows, needs, starts
+        )
     else:
-        backend = _backend("accumulate", grad.device, x if x.numel() else grad, mask, weights, params, kind, windows)
-        gradients = backend.accumulate_backward(grad, x, mask, weights, params, stats, kind, windows, needs)
+        backend = _backend(
+            "accumulate",
+            grad.device,
+            x if x.numel() else grad,
+            mask,
+            weights,
+            params,
+            kind,
+            windows,
+        )
+        gradients = backend.accumulate_backward(
+            grad, x, mask, weights, params, stats, kind, windows, needs
+        )
     gx, gw, gp = gradients
     dtype = layout.compute_dtype(grad.dtype)
     return (
@@ -159,7 +198,7 @@ for _name, _kernel in {
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
-# Fakes ------------------------------------------------------------------------------------------------
+# Fakes
 
 
 def _outs(axes: Sequence[int]) -> list[int]:
@@ -170,33 +209,39 @@ def _ins(axes: Sequence[int]) -> list[int]:
     return [axis.in_size for axis in unpack(axes)]
 
 
-@torch.library.register_fake("torchpool::select", lib=_library)
-def _(x: Tensor, mask: Any, starts: Any, reduction: str, axes: Sequence[int], save: bool) -> tuple[Tensor, Tensor]:
+def _fake_select(
+    x: Tensor, mask: Any, starts: Any, reduction: str, axes: Sequence[int], save: bool
+) -> tuple[Tensor, Tensor]:
     y = layout.empty_like(x, _outs(axes))
     dtype = layout.state_dtype(unpack(axes))
     return y, layout.empty_like(x, _outs(axes), dtype) if save else x.new_empty(0, dtype=dtype)
 
 
-@torch.library.register_fake("torchpool::select_backward", lib=_library)
-def _(grad: Tensor, state: Tensor, starts: Any, axes: Sequence[int]) -> Tensor:
+def _fake_select_backward(grad: Tensor, state: Tensor, starts: Any, axes: Sequence[int]) -> Tensor:
     return layout.empty_like(state, _ins(axes), grad.dtype)
 
 
-@torch.library.register_fake("torchpool::select_take", lib=_library)
-def _(x: Tensor, state: Tensor, starts: Any, axes: Sequence[int]) -> Tensor:
+def _fake_select_take(x: Tensor, state: Tensor, starts: Any, axes: Sequence[int]) -> Tensor:
     return layout.empty_like(state, _outs(axes), x.dtype)
 
 
-@torch.library.register_fake("torchpool::accumulate", lib=_library)
-def _(
-    x: Tensor, mask: Any, weights: Any, params: Any, starts: Any, reduction: str, axes: Sequence[int], save: bool
+def _fake_accumulate(
+    x: Tensor,
+    mask: Any,
+    weights: Any,
+    params: Any,
+    starts: Any,
+    reduction: str,
+    axes: Sequence[int],
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
     kind = from_spec(reduction)
-    return layout.empty_like(x, _outs(axes), layout.result_dtype(x.dtype, kind)), layout.empty_stats(x, _outs(axes), kind, save)
+    return layout.empty_like(
+        x, _outs(axes), layout.result_dtype(x.dtype, kind)
+    ), layout.empty_stats(x, _outs(axes), kind, save)
 
 
-@torch.library.register_fake("torchpool::accumulate_backward", lib=_library)
-def _(
+def _fake_accumulate_backward(
     grad: Tensor,
     x: Any,
     mask: Any,
@@ -217,7 +262,18 @@ def _(
     return gx, gw, gp
 
 
-# Autograd ---------------------------------------------------------------------------------------------
+_fakes: dict[str, Any] = {
+    "select": _fake_select,
+    "select_backward": _fake_select_backward,
+    "select_take": _fake_select_take,
+    "accumulate": _fake_accumulate,
+    "accumulate_backward": _fake_accumulate_backward,
+}
+for _name, _fake in _fakes.items():
+    torch.library.register_fake(f"torchpool::{_name}", _fake, lib=_library)
+
+
+# Autograd
 
 
 def _save_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -229,7 +285,10 @@ def _save_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _select_grad(ctx: Any, grad: Tensor, _state: Any) -> tuple[Any, ...]:
     state, mask, starts = ctx.saved_tensors
     if state is None:
-        raise RuntimeError("torchpool::select was called with save=False, so it cannot be differentiated; call it through tp.pool")
+        raise RuntimeError(
+            "torchpool::select was called with save=False, so it cannot "
+            "be differentiated; call it through tp.pool"
+        )
     gx = torch.ops.torchpool.select_backward(grad, state, starts, ctx.axes)
     # A window with no valid element points to its first element: that gets nothing.
     return gx if mask is None else gx.masked_fill(~mask, 0), None, None, None, None, None
@@ -256,20 +315,52 @@ def _save_accumulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     kind: Reduction = from_spec(ctx.reduction)
     ctx.channels_last = layout.is_channels_last(x)
     keeps_x = not kind.linear or weights is not None  # type: ignore[attr-defined]
-    ctx.save_for_backward(x if keeps_x else x.new_empty(0), mask, weights, params, starts, output[1] if output[1].numel() else None)
+    ctx.save_for_backward(
+        x if keeps_x else x.new_empty(0),
+        mask,
+        weights,
+        params,
+        starts,
+        output[1] if output[1].numel() else None,
+    )
 
 
 def _accumulate_grad(ctx: Any, grad: Tensor, _stats: Any) -> tuple[Any, ...]:
     x, mask, weights, params, starts, stats = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[0], weights is not None and ctx.needs_input_grad[2], params is not None and ctx.needs_input_grad[3]]
+    needs = [
+        ctx.needs_input_grad[0],
+        weights is not None and ctx.needs_input_grad[2],
+        params is not None and ctx.needs_input_grad[3],
+    ]
     stats = grad.new_empty(0, dtype=layout.compute_dtype(grad.dtype)) if stats is None else stats
     gx, gw, gp = torch.ops.torchpool.accumulate_backward(
-        grad, x, mask, weights, params, starts, stats, ctx.reduction, ctx.axes, ctx.channels_last, needs
+        grad,
+        x,
+        mask,
+        weights,
+        params,
+        starts,
+        stats,
+        ctx.reduction,
+        ctx.axes,
+        ctx.channels_last,
+        needs,
     )
-    return gx if needs[0] else None, None, gw.to(weights.dtype) if needs[1] else None, gp if needs[2] else None, None, None, None, None
+    return (
+        gx if needs[0] else None,
+        None,
+        gw.to(weights.dtype) if needs[1] else None,
+        gp if needs[2] else None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
-def _save_accumulate_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_accumulate_backward(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
     grad, x, mask, weights, params, starts, _, ctx.reduction, ctx.axes, _, ctx.needs = inputs
     ctx.save_for_backward(grad, x, mask, weights, params, starts)
 
@@ -281,30 +372,74 @@ def _accumulate_double_grad(ctx: Any, *outer: Any) -> tuple[Any, ...]:
     if not x.numel():
         x = grad.new_zeros(()).expand(*grad.shape[:2], *_ins(ctx.axes))
     with torch.enable_grad():
-        inputs = [None if t is None else t.detach().requires_grad_() for t in (grad, x, weights, params)]
+        inputs = [
+            None if t is None else t.detach().requires_grad_() for t in (grad, x, weights, params)
+        ]
         g, v, w, p = inputs
-        made = reference.composite_accumulate_backward(g, v, mask, w, p, kind, axes, ctx.needs, starts)
-        pairs = [(made_one, o) for made_one, o in zip(made, outer, strict=True) if made_one is not None and o is not None and o.numel()]
+        assert g is not None
+        assert v is not None
+        made = reference.composite_accumulate_backward(
+            g, v, mask, w, p, kind, axes, ctx.needs, starts
+        )
+        pairs = [
+            (made_one, o)
+            for made_one, o in zip(made, outer, strict=True)
+            if made_one is not None and o is not None and o.numel()
+        ]
         wanted = [t for t in inputs if t is not None]
-        found = torch.autograd.grad([m for m, _ in pairs], wanted, [o.to(m.dtype) for m, o in pairs], allow_unused=True)
+        found = torch.autograd.grad(
+            [m for m, _ in pairs], wanted, [o.to(m.dtype) for m, o in pairs], allow_unused=True
+        )
     grads = iter(found)
     gg, gx, gw, gp = (None if t is None else next(grads) for t in inputs)
-    return gg, gx if ctx.saved_tensors[1].numel() else None, None, gw, gp, None, None, None, None, None, None
+    return (
+        gg,
+        gx if ctx.saved_tensors[1].numel() else None,
+        None,
+        gw,
+        gp,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
-torch.library.register_autograd("torchpool::select", _select_grad, setup_context=_save_select, lib=_library)
-torch.library.register_autograd("torchpool::select_backward", _select_backward_grad, setup_context=_save_linear, lib=_library)
-torch.library.register_autograd("torchpool::select_take", _select_take_grad, setup_context=_save_linear, lib=_library)
-torch.library.register_autograd("torchpool::accumulate", _accumulate_grad, setup_context=_save_accumulate, lib=_library)
-torch.library.register_autograd("torchpool::accumulate_backward", _accumulate_double_grad, setup_context=_save_accumulate_backward, lib=_library)
+torch.library.register_autograd(
+    "torchpool::select", _select_grad, setup_context=_save_select, lib=_library
+)
+torch.library.register_autograd(
+    "torchpool::select_backward", _select_backward_grad, setup_context=_save_linear, lib=_library
+)
+torch.library.register_autograd(
+    "torchpool::select_take", _select_take_grad, setup_context=_save_linear, lib=_library
+)
+torch.library.register_autograd(
+    "torchpool::accumulate", _accumulate_grad, setup_context=_save_accumulate, lib=_library
+)
+torch.library.register_autograd(
+    "torchpool::accumulate_backward",
+    _accumulate_double_grad,
+    setup_context=_save_accumulate_backward,
+    lib=_library,
+)
 
 
-# Batching (torch.vmap) --------------------------------------------------------------------------------
+# Batching (torch.vmap)
 
 
-def _one_by_one(operator: Any, size: int, dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+def _one_by_one(
+    operator: Any, size: int, dims: Sequence[Any], args: Sequence[Any]
+) -> tuple[Any, Any]:
     """Runs an operator for each sample of the mapped axis and stacks the results."""
-    calls = [operator(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, dims, strict=True))) for i in range(size)]
+    calls = [
+        operator(
+            *(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, dims, strict=True))
+        )
+        for i in range(size)
+    ]
     if isinstance(calls[0], Tensor):
         return torch.stack(calls), 0
     return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
@@ -319,15 +454,23 @@ def _fold(size: int, dim: int | None, t: Tensor | None) -> Tensor | None:
 
 
 def _map_folded(operator: Any, planes: Sequence[int]) -> Any:
-    """A vmap rule that puts the mapped axis into the batch axis of the arguments at `planes`, where nothing else is mapped."""
+    """A vmap rule that puts the mapped axis into the batch axis of the arguments at `planes`, where
+    nothing else is mapped."""
 
     def rule(info: Any, dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
         if any(isinstance(dim, int) and i not in planes for i, dim in enumerate(dims)):
             return _one_by_one(operator, info.batch_size, dims, args)
-        folded = [_fold(info.batch_size, dims[i], a) if i in planes else a for i, a in enumerate(args)]
+        folded = [
+            _fold(info.batch_size, dims[i], a) if i in planes else a for i, a in enumerate(args)
+        ]
         outputs = operator(*folded)
         several = outputs if isinstance(outputs, tuple) else (outputs,)
-        made = tuple(o.unflatten(0, (info.batch_size, -1)) if o.ndim > 1 else o.expand(info.batch_size, *o.shape) for o in several)
+        made = tuple(
+            o.unflatten(0, (info.batch_size, -1))
+            if o.ndim > 1
+            else o.expand(info.batch_size, *o.shape)
+            for o in several
+        )
         return (made, (0,) * len(made)) if isinstance(outputs, tuple) else (made[0], 0)
 
     return rule
@@ -344,8 +487,18 @@ def _map_accumulate_backward(info: Any, dims: Sequence[Any], *args: Any) -> tupl
 
 
 _folded_accumulate = _map_folded(torch.ops.torchpool.accumulate, (0, 1, 2, 4))
-torch.library.register_vmap("torchpool::select", _map_folded(torch.ops.torchpool.select, (0, 1, 2)), lib=_library)
-torch.library.register_vmap("torchpool::select_backward", _map_folded(torch.ops.torchpool.select_backward, (0, 1, 2)), lib=_library)
-torch.library.register_vmap("torchpool::select_take", _map_folded(torch.ops.torchpool.select_take, (0, 1, 2)), lib=_library)
+torch.library.register_vmap(
+    "torchpool::select", _map_folded(torch.ops.torchpool.select, (0, 1, 2)), lib=_library
+)
+torch.library.register_vmap(
+    "torchpool::select_backward",
+    _map_folded(torch.ops.torchpool.select_backward, (0, 1, 2)),
+    lib=_library,
+)
+torch.library.register_vmap(
+    "torchpool::select_take", _map_folded(torch.ops.torchpool.select_take, (0, 1, 2)), lib=_library
+)
 torch.library.register_vmap("torchpool::accumulate", _map_accumulate, lib=_library)
-torch.library.register_vmap("torchpool::accumulate_backward", _map_accumulate_backward, lib=_library)
+torch.library.register_vmap(
+    "torchpool::accumulate_backward", _map_accumulate_backward, lib=_library
+)

@@ -1,9 +1,12 @@
 """What a window becomes: scalar formulas as small frozen values.
 
-Nothing here knows tensors, geometry or devices. A formula is a static method of plain scalars, written with the functions that this module
-exports (`exp`, `log`, `log1p`, `expm1`, `sqrt`, `where`, the built-in `abs`); each backend compiles the same source for its own kind of number with `rebind`.
+Nothing here knows tensors, geometry or devices. A formula is a static method of plain scalars,
+written with the functions that this module
+exports (`exp`, `log`, `log1p`, `expm1`, `sqrt`, `where`, the built-in `abs`); each backend compiles
+the same source for its own kind of number with `rebind`.
 
-Write your own by subclassing `Accumulation` (a sum of lifted values, then a finish) or `Selection` (one input wins).
+Write your own by subclassing `Accumulation` (a sum of lifted values, then a finish) or `Selection`
+(one input wins).
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ class Reduction:
     """A frozen value that says what a window becomes. Subclass `Selection` or `Accumulation`."""
 
     parameter: ClassVar[str | None] = None
-    """Name of the field that is the numeric parameter p of the formulas; a float or a tensor with one value or one per channel."""
+    """Name of the field that is the numeric parameter p of the formulas; a float or a tensor with
+    one value or one per channel."""
     domain: ClassVar[float] = -inf
     """Open lower bound of a learnable parameter."""
 
@@ -74,7 +78,8 @@ class Reduction:
 
     @property
     def spec(self) -> str:
-        """The reduction without its parameter as text: what an operator's schema carries. `from_spec` reads it."""
+        """The reduction without its parameter as text: what an operator's schema carries.
+        `from_spec` reads it."""
         cls = type(self)
         text = f"{cls.__module__}.{cls.__qualname__}"
         for name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
@@ -92,11 +97,16 @@ def from_spec(spec: str) -> Any:
     """
     name, *options = spec.split("|")
     if name not in _classes:
-        raise ValueError(f"reduction {name!r} is not known in this process; import the module that defines it first")
+        raise ValueError(
+            f"reduction {name!r} is not known in this process; "
+            f"import the module that defines it first"
+        )
     cls = _classes[name]
     made = cls.__new__(cls)
     values = {f.name: f.default for f in fields(cls)}  # type: ignore[arg-type]
-    values.update((key, _literal(text)) for key, text in (option.split("=", 1) for option in options))
+    values.update(
+        (key, _literal(text)) for key, text in (option.split("=", 1) for option in options)
+    )
     if cls.parameter is not None:
         values[cls.parameter] = None
     for key, value in values.items():
@@ -111,8 +121,11 @@ def _literal(text: str) -> Any:
         return float(text)
 
 
-def rebind(formula: Callable[..., Any], table: Mapping[Any, Any], wrap: Callable[[Any], Any] = lambda f: f) -> Any:
-    """The same source over other functions: each global that is a key of `table` becomes its value, and helper functions are rebound too.
+def rebind(
+    formula: Callable[..., Any], table: Mapping[Any, Any], wrap: Callable[[Any], Any] = lambda f: f
+) -> Any:
+    """The same source over other functions: each global that is a key of `table` becomes its value,
+    and helper functions are rebound too.
 
     Args:
         formula: a plain function of scalars.
@@ -126,21 +139,29 @@ def rebind(formula: Callable[..., Any], table: Mapping[Any, Any], wrap: Callable
             scope[name] = table[value]
         elif isinstance(value, FunctionType):
             scope[name] = rebind(value, table, wrap)
-    return wrap(FunctionType(formula.__code__, scope, formula.__name__, formula.__defaults__, formula.__closure__))
+    return wrap(
+        FunctionType(
+            formula.__code__, scope, formula.__name__, formula.__defaults__, formula.__closure__
+        )
+    )
 
 
 def _check_parameter(reduction: Reduction, least: float | None = None) -> None:
-    """Raises unless the parameter is a tensor or a number, not NaN, and greater than `least` where that is given."""
+    """Raises unless the parameter is a tensor or a number, not NaN, and greater than `least` where
+    that is given."""
     value, name = reduction.value, f"{type(reduction).__name__}: {reduction.parameter}"
     if isinstance(value, (bool, str)) or value is None:
         raise TypeError(f"{name}={value!r} must be a number or a tensor")
-    if isinstance(value, (int, float)) and (math.isnan(value) or (least is not None and value <= least)):
+    if isinstance(value, (int, float)) and (
+        math.isnan(value) or (least is not None and value <= least)
+    ):
         bound = "" if least is None else f" greater than {least}"
         raise ValueError(f"{name}={value!r} must be a number{bound}")
 
 
 class Selection(Reduction):
-    """One input of the window wins: the one with the largest (or smallest) key; the first of equals; a NaN wins over all.
+    """One input of the window wins: the one with the largest (or smallest) key; the first of
+    equals; a NaN wins over all.
 
     The state kept for the backward pass is the winner's offset in its window.
     """
@@ -170,14 +191,18 @@ class Min(Selection):
 
 
 class Accumulation(Reduction):
-    """A sum over the window, `s_k = sum_i w_i lift_k(x_i)`, then `y = finish(s, n)` with `n = sum_i w_i` (the number of elements without weights).
+    """A sum over the window, `s_k = sum_i w_i lift_k(x_i)`, then `y = finish(s, n)` with `n = sum_i
+    w_i` (the number of elements without weights).
 
-    A subclass gives `lift` and `finish` with their derivatives, and perhaps an anchor `a`: a value of the window against which `lift` measures, for the sake of
-    precision and range. The result must not depend on it mathematically, so that derivatives treat it as a constant.
+    A subclass gives `lift` and `finish` with their derivatives, and perhaps an anchor `a`: a value
+    of the window against which `lift` measures, for the sake of
+    precision and range. The result must not depend on it mathematically, so that derivatives treat
+    it as a constant.
     """
 
     anchor: ClassVar[str | None] = None
-    """None; "max": a is the largest `key(x, p)` of the window; "mean": a is the (weighted) mean of the window."""
+    """None; "max": a is the largest `key(x, p)` of the window; "mean": a is the (weighted) mean of
+    the window."""
     linear: ClassVar[bool] = False
     """Whether y is linear in x, so that the backward pass needs neither x nor sums."""
     num_sums: ClassVar[int] = 1
@@ -204,7 +229,8 @@ class Accumulation(Reduction):
 
     @staticmethod
     def lift_dp(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
-        """Derivative of each term by p; only for reductions with a parameter that gets gradients."""
+        """Derivative of each term by p; only for reductions with a parameter that gets
+        gradients."""
         raise NotImplementedError
 
     @staticmethod
@@ -246,7 +272,8 @@ class Mean(Accumulation):
     """The mean of the elements.
 
     Args:
-        count_include_pad: count padding as zeros (clipped to the padded extent under ceil_mode, as torch does).
+        count_include_pad: count padding as zeros (clipped to the padded extent under ceil_mode, as
+            torch does).
         divisor: divide by this number instead of by the number of elements.
     """
 
@@ -281,7 +308,8 @@ def gap(k: Scalar, a: Scalar) -> Scalar:
 
 
 def strength(p: Scalar) -> Scalar:
-    """|p| kept inside (1e-30, 1e30), where the limits p -> 0 (the mean) and p -> inf (the maximum) are exact to rounding."""
+    """|p| kept inside (1e-30, 1e30), where the limits p -> 0 (the mean) and p -> inf (the maximum)
+    are exact to rounding."""
     q = abs(p)
     return where(q < 1e-30, 1e-30, where(q > 1e30, 1e30, q))
 
@@ -293,7 +321,11 @@ def side(p: Scalar) -> Scalar:
 
 def log_mean(s0: Scalar, s1: Scalar, n: Scalar) -> Scalar:
     """log(s0 / n) for s0 = sum of e^t, s1 = sum of e^t - 1: precise for tiny and for large t."""
-    return where(s0 > 0.5 * n, log1p(where(s0 > 0.5 * n, s1 / n, 0.0)), log(where(s0 > 0.0, s0 / n, 1.0 + 0.0 * s0)))
+    return where(
+        s0 > 0.5 * n,
+        log1p(where(s0 > 0.5 * n, s1 / n, 0.0)),
+        log(where(s0 > 0.0, s0 / n, 1.0 + 0.0 * s0)),
+    )
 
 
 @dataclass(frozen=True)
@@ -331,7 +363,9 @@ class SoftmaxMean(Accumulation):
         d = gap(side(p) * x, a)
         t = strength(p) * d
         e = exp(t)
-        return where(e == 0, 0.0, side(p) * strength(p) * e), where(e == 0, 0.0, side(p) * e * (1.0 + t))
+        return where(e == 0, 0.0, side(p) * strength(p) * e), where(
+            e == 0, 0.0, side(p) * e * (1.0 + t)
+        )
 
     @staticmethod
     def lift_dp(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
@@ -350,7 +384,8 @@ class SoftmaxMean(Accumulation):
 
 @dataclass(frozen=True)
 class LogMeanExp(Accumulation):
-    """log(mean of e^(beta x)) / beta: a smooth maximum between the mean (beta -> 0) and the maximum (beta -> inf).
+    """log(mean of e^(beta x)) / beta: a smooth maximum between the mean (beta -> 0) and the maximum
+    (beta -> inf).
 
     Args:
         beta: sharpness; negative values lean to the minimum.
@@ -407,9 +442,12 @@ def floored(x: Scalar, eps: Scalar) -> Scalar:
 
 
 def log_ratio(x: Scalar, a: Scalar) -> Scalar:
-    """log(x / a) for x, a >= 0: 0 where both are 0 or both infinite, and for x = 0 a finite number whose exponential is 0, so that no derivative is NaN."""
+    """log(x / a) for x, a >= 0: 0 where both are 0 or both infinite, and for x = 0 a finite number
+    whose exponential is 0, so that no derivative is NaN."""
     same = (x == a) & (x + x == x)
-    return where(same, 0.0, where(x == 0, -1e30, log(where((x == 0) | same, 1.0, x) / where(a == 0, 1.0, a))))
+    return where(
+        same, 0.0, where(x == 0, -1e30, log(where((x == 0) | same, 1.0, x) / where(a == 0, 1.0, a)))
+    )
 
 
 GEM_FLOOR = 1e-6
@@ -417,9 +455,11 @@ GEM_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class PowerMean(Accumulation):
-    """The generalised mean (mean of x^p)^(1/p), known as GeM: p = 1 is the mean, 2 the root mean square, -1 the harmonic mean, 0 the geometric mean, inf the maximum.
+    """The generalised mean (mean of x^p)^(1/p), known as GeM: p = 1 is the mean, 2 the root mean
+    square, -1 the harmonic mean, 0 the geometric mean, inf the maximum.
 
-    Elements below 1e-6 count as 1e-6 (and get no gradient), as in GeM's reference, so that every p is defined for every x.
+    Elements below 1e-6 count as 1e-6 (and get no gradient), as in GeM's reference, so that every p
+    is defined for every x.
 
     Args:
         p: exponent, any number.
@@ -470,12 +510,17 @@ class PowerMean(Accumulation):
         q = strength(p)
         mean = log_mean(s[0], q * s[1], n)
         y = side(p) * a * exp(side(p) * mean / q)
-        return (0.0 * s[0], side(p) * y / s[0]), -side(p) * y * s[1] / s[0] / n, y * (s[1] / s[0] / q - mean / q / q)
+        return (
+            (0.0 * s[0], side(p) * y / s[0]),
+            -side(p) * y * s[1] / s[0] / n,
+            y * (s[1] / s[0] / q - mean / q / q),
+        )
 
 
 @dataclass(frozen=True)
 class Lp(Accumulation):
-    """The norm (sum of |x|^p)^(1/p); no root of a negative number, no NaN gradient at 0, p = inf is max |x|.
+    """The norm (sum of |x|^p)^(1/p); no root of a negative number, no NaN gradient at 0, p = inf is
+    max |x|.
 
     Args:
         p: exponent, > 0.
@@ -534,9 +579,11 @@ class Var(Accumulation):
     """The variance, in two passes against the window's mean (never E[x^2] - mean^2).
 
     Args:
-        correction: subtracted from n in the divisor; 0 the population's, 1 the sample's variance. n <= correction counts as empty.
+        correction: subtracted from n in the divisor; 0 the population's, 1 the sample's variance. n
+            <= correction counts as empty.
     Source:
-        Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983 (corrected two-pass).
+        Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983 (corrected
+        two-pass).
     """
 
     correction: Any = 0.0
@@ -577,7 +624,8 @@ class Var(Accumulation):
 
 @dataclass(frozen=True)
 class Std(Var):
-    """The standard deviation, in two passes against the window's mean; its gradient is 0 where it is 0.
+    """The standard deviation, in two passes against the window's mean; its gradient is 0 where it
+    is 0.
 
     Args:
         correction: as in `Var`.

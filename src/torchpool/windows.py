@@ -1,6 +1,7 @@
 """Where a pooling layer looks: windows along each pooled axis, as integers.
 
-Nothing here knows tensors. `Windows.axes(in_sizes)` resolves a description against the sizes of an input and gives one
+Nothing here knows tensors. `Windows.axes(in_sizes)` resolves a description against the sizes of an
+input and gives one
 `Axis` per pooled axis; everything else (kernels, gradients, divisors, masks) reads only those.
 """
 
@@ -20,8 +21,10 @@ NAMED_PADDINGS = ("valid", "same", "same_lower", "causal")
 class Axis(NamedTuple):
     """The windows along one pooled axis of a known size.
 
-    Regular windows: output `o` reads the positions `o * stride - before + j * dilation` for `j < kernel`.
-    Adaptive windows have `stride == 0`: output `o` reads `floor(o * I / O)` up to `ceil((o + 1) * I / O) - 1`, and `kernel` is at
+    Regular windows: output `o` reads the positions `o * stride - before + j * dilation` for `j <
+    kernel`.
+    Adaptive windows have `stride == 0`: output `o` reads `floor(o * I / O)` up to `ceil((o + 1) * I
+    / O) - 1`, and `kernel` is at
     least the longest such run. Positions outside `[0, in_size)` are padding.
     """
 
@@ -47,11 +50,13 @@ class Axis(NamedTuple):
         return _lengths(self)
 
     def taps(self) -> tuple[tuple[int, int], ...]:
-        """Per output the range `(first, end)` of taps that lie inside the input; `first == end` where none does."""
+        """Per output the range `(first, end)` of taps that lie inside the input; `first == end`
+        where none does."""
         return _taps(self)
 
     def counts(self, include_pad: bool = False) -> tuple[int, ...]:
-        """Number of elements of each window: inside the input, or inside the padded extent `[-before, in_size + after)`."""
+        """Number of elements of each window: inside the input, or inside the padded extent
+        `[-before, in_size + after)`."""
         return _counts(self, include_pad)
 
 
@@ -86,11 +91,14 @@ def _counts(axis: Axis, include_pad: bool) -> tuple[int, ...]:
         return tuple(end - first for first, end in _taps(axis))
     limit = axis.in_size + axis.after
     pairs = zip(_starts(axis), _lengths(axis), strict=True)
-    return tuple(min(length, max(0, -((start - limit) // axis.dilation))) for start, length in pairs)
+    return tuple(
+        min(length, max(0, -((start - limit) // axis.dilation))) for start, length in pairs
+    )
 
 
 class Windows(ABC):
-    """Where to look along each pooled axis. Subclasses are frozen values; an int in them stands for every pooled axis."""
+    """Where to look along each pooled axis. Subclasses are frozen values; an int in them stands for
+    every pooled axis."""
 
     __slots__ = ()
 
@@ -130,9 +138,18 @@ class Windows(ABC):
         """
         pooled = range(2, mask.ndim) if dims is None else dims
         for dim, axis in zip(pooled, self.axes([mask.shape[d] for d in pooled]), strict=True):
-            reach = [range(start, start + n * axis.dilation, axis.dilation) for start, n in zip(axis.starts(), axis.lengths(), strict=True)]
-            inside = [[0 <= p < axis.in_size for p in window] for window in _rectangular(reach, axis.kernel)]
-            clipped = [[min(max(p, 0), axis.in_size - 1) for p in window] for window in _rectangular(reach, axis.kernel)]
+            reach = [
+                range(start, start + n * axis.dilation, axis.dilation)
+                for start, n in zip(axis.starts(), axis.lengths(), strict=True)
+            ]
+            inside = [
+                [0 <= p < axis.in_size for p in window]
+                for window in _rectangular(reach, axis.kernel)
+            ]
+            clipped = [
+                [min(max(p, 0), axis.in_size - 1) for p in window]
+                for window in _rectangular(reach, axis.kernel)
+            ]
             taken = mask.movedim(dim, -1)[..., clipped] & mask.new_tensor(inside)
             mask = taken.any(-1).movedim(-1, dim)
         return mask
@@ -155,7 +172,10 @@ def _spread(value: Any, count: int, name: str) -> tuple[int, ...]:
     if len(values) == 1:
         return values * count
     if len(values) != count:
-        raise ValueError(f"{name}={value!r} has {len(values)} entries, but {count} axes are pooled; give an int or {count} ints")
+        raise ValueError(
+            f"{name}={value!r} has {len(values)} entries, but {count} "
+            f"axes are pooled; give an int or {count} ints"
+        )
     return values
 
 
@@ -165,7 +185,9 @@ def _check_ints(value: Any, name: str, least: int) -> None:
         raise ValueError(f"{name} is empty; give an int or one int per pooled axis")
     for entry in entries:
         if not _is_int(entry):
-            raise TypeError(f"{name}={value!r} must be an int or a sequence of ints, not {type(entry).__name__}")
+            raise TypeError(
+                f"{name}={value!r} must be an int or a sequence of ints, not {type(entry).__name__}"
+            )
         if entry < least:
             raise ValueError(f"{name}={value!r} must be at least {least}")
 
@@ -191,14 +213,18 @@ class Window(Windows):
         kernel: elements per window along each pooled axis, >= 1.
         stride: step between windows; by default the kernel.
         padding: an int, one int per axis, one `(before, after)` pair per axis, or one of
-            "valid" (none), "same" (ceil(size / stride) outputs, the odd element after), "same_lower" (the odd element before),
-            "causal" (all before: output t sees nothing after t * stride). Any size, also more than half the kernel.
+            "valid" (none), "same" (ceil(size / stride) outputs, the odd element after),
+            "same_lower" (the odd element before),
+            "causal" (all before: output t sees nothing after t * stride). Any size, also more than
+            half the kernel.
         dilation: step between the elements of a window, >= 1.
-        ceil_mode: also windows that end beyond the padded input, if they begin inside the input or the padding before it.
+        ceil_mode: also windows that end beyond the padded input, if they begin inside the input or
+            the padding before it.
     Raises:
         TypeError, ValueError: naming the argument, its value and what it must be.
 
-    >>> Window(2).out_size(5), Window(2, ceil_mode=True).out_size(5), Window(3, padding="same").out_size(5)
+    >>> Window(2).out_size(5), Window(2, ceil_mode=True).out_size(5), Window(3,
+    padding="same").out_size(5)
     (2, 3, 2)
     """
 
@@ -209,7 +235,13 @@ class Window(Windows):
     ceil_mode: bool = False
 
     def __post_init__(self) -> None:
-        _freeze(self, kernel=self.kernel, stride=self.stride, padding=self.padding, dilation=self.dilation)
+        _freeze(
+            self,
+            kernel=self.kernel,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+        )
         _check_ints(self.kernel, "kernel", 1)
         if self.stride is not None:
             _check_ints(self.stride, "stride", 1)
@@ -226,9 +258,14 @@ class Window(Windows):
         stride = kernel if self.stride is None else _spread(self.stride, count, "stride")
         dilation = _spread(self.dilation, count, "dilation")
         padding = _pairs(self.padding, in_sizes, kernel, stride, dilation)
-        return tuple(self._axis(*numbers) for numbers in zip(in_sizes, kernel, stride, dilation, padding, strict=True))
+        return tuple(
+            self._axis(*numbers)
+            for numbers in zip(in_sizes, kernel, stride, dilation, padding, strict=True)
+        )
 
-    def _axis(self, in_size: int, kernel: int, stride: int, dilation: int, padding: tuple[int, int]) -> Axis:
+    def _axis(
+        self, in_size: int, kernel: int, stride: int, dilation: int, padding: tuple[int, int]
+    ) -> Axis:
         before, after = padding
         reach = dilation * (kernel - 1) + 1
         room = in_size + before + after - reach
@@ -240,7 +277,8 @@ class Window(Windows):
             out = room // stride + 1
         if out < 1:
             raise ValueError(
-                f"{self} does not fit an input of size {in_size}: a window spans {reach} elements, the input with its padding has "
+                f"{self} does not fit an input of size {in_size}: a window spans "
+                f"{reach} elements, the input with its padding has "
                 f"{in_size + before + after}; use a smaller kernel or dilation, or more padding"
             )
         return Axis(in_size, out, kernel, stride, dilation, before, after)
@@ -249,25 +287,43 @@ class Window(Windows):
 def _check_padding(padding: Any) -> None:
     if isinstance(padding, str):
         if padding not in NAMED_PADDINGS:
-            raise ValueError(f"padding={padding!r} is not known; use an int, ints, (before, after) pairs or one of {', '.join(NAMED_PADDINGS)}")
+            raise ValueError(
+                f"padding={padding!r} is not known; use an int, ints, (before, "
+                f"after) pairs or one of {', '.join(NAMED_PADDINGS)}"
+            )
         return
     for entry in padding if isinstance(padding, Sequence) else (padding,):
         _check_ints(entry, "padding", 0)
         if isinstance(entry, Sequence) and len(entry) != 2:
-            raise ValueError(f"padding={padding!r}: the entry {entry!r} must be an int or a pair (before, after)")
+            raise ValueError(
+                f"padding={padding!r}: the entry {entry!r} must be an int or a pair (before, after)"
+            )
 
 
-def _pairs(padding: Any, in_sizes: Any, kernel: Any, stride: Any, dilation: Any) -> list[tuple[int, int]]:
+def _pairs(
+    padding: Any, in_sizes: Any, kernel: Any, stride: Any, dilation: Any
+) -> list[tuple[int, int]]:
     if isinstance(padding, str):
-        return [_named_pair(padding, *numbers) for numbers in zip(in_sizes, kernel, stride, dilation, strict=True)]
+        return [
+            _named_pair(padding, *numbers)
+            for numbers in zip(in_sizes, kernel, stride, dilation, strict=True)
+        ]
     entries = (padding,) if _is_int(padding) else tuple(padding)
     if len(entries) not in (1, len(in_sizes)):
-        raise ValueError(f"padding={padding!r} has {len(entries)} entries, but {len(in_sizes)} axes are pooled; give an int, {len(in_sizes)} ints or pairs")
-    pairs = [(e, e) if _is_int(e) else (cast(Sequence[int], e)[0], cast(Sequence[int], e)[1]) for e in entries]
+        raise ValueError(
+            f"padding={padding!r} has {len(entries)} entries, but {len(in_sizes)} axes "
+            f"are pooled; give an int, {len(in_sizes)} ints or pairs"
+        )
+    pairs = [
+        (e, e) if _is_int(e) else (cast(Sequence[int], e)[0], cast(Sequence[int], e)[1])
+        for e in entries
+    ]
     return pairs * len(in_sizes) if len(pairs) == 1 else pairs
 
 
-def _named_pair(padding: str, in_size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+def _named_pair(
+    padding: str, in_size: int, kernel: int, stride: int, dilation: int
+) -> tuple[int, int]:
     reach = dilation * (kernel - 1)
     if padding == "valid":
         return (0, 0)
@@ -282,7 +338,8 @@ def _named_pair(padding: str, in_size: int, kernel: int, stride: int, dilation: 
 class Adaptive(Windows):
     """As many windows as the output shall have; they follow the input's size and may overlap.
 
-    Output `o` of `O` reads `floor(o * I / O)` up to `ceil((o + 1) * I / O) - 1`, as torch's adaptive pooling does.
+    Output `o` of `O` reads `floor(o * I / O)` up to `ceil((o + 1) * I / O) - 1`, as torch's
+    adaptive pooling does.
 
     Args:
         output_size: outputs along each pooled axis, >= 1; None keeps the size of the input.
@@ -291,7 +348,7 @@ class Adaptive(Windows):
     (7, 100)
     """
 
-    output_size: int | None | Sequence[int | None]
+    output_size: int | Sequence[int | None] | None
 
     def __post_init__(self) -> None:
         _freeze(self, output_size=self.output_size)
@@ -304,8 +361,15 @@ class Adaptive(Windows):
 
     def axes(self, in_sizes: Sequence[int], symbolic: bool = False) -> tuple[Axis, ...]:
         """As `Windows.axes`; for symbolic sizes `kernel` is a bound without a case distinction."""
-        sizes = (None,) * len(in_sizes) if self.output_size is None else _spread(self.output_size, len(in_sizes), "output_size")
-        return tuple(_adaptive_axis(i, i if o is None else o, symbolic) for i, o in zip(in_sizes, sizes, strict=True))
+        sizes = (
+            (None,) * len(in_sizes)
+            if self.output_size is None
+            else _spread(self.output_size, len(in_sizes), "output_size")
+        )
+        return tuple(
+            _adaptive_axis(i, i if o is None else o, symbolic)
+            for i, o in zip(in_sizes, sizes, strict=True)
+        )
 
 
 def _adaptive_axis(in_size: int, out_size: int, symbolic: bool) -> Axis:
@@ -342,10 +406,12 @@ class Fractional(Windows):
         kernel: elements per window along each pooled axis.
         output_size: outputs along each pooled axis; or
         output_ratio: output size as a fraction of the input size, in (0, 1).
-        samples: uniform random numbers in [0, 1), shape (N, C, pooled axes), in the order of the pooled axes; drawn if absent.
+        samples: uniform random numbers in [0, 1), shape (N, C, pooled axes), in the order of the
+            pooled axes; drawn if absent.
         generator: torch.Generator to draw them from.
     Raises:
-        ValueError: both or none of output_size and output_ratio are given, or they do not fit the input.
+        ValueError: both or none of output_size and output_ratio are given, or they do not fit the
+        input.
     Source:
         Graham, Fractional max-pooling, 1412.6071.
     """
@@ -357,15 +423,24 @@ class Fractional(Windows):
     generator: Any = None
 
     def __post_init__(self) -> None:
-        _freeze(self, kernel=self.kernel, output_size=self.output_size, output_ratio=self.output_ratio)
+        _freeze(
+            self, kernel=self.kernel, output_size=self.output_size, output_ratio=self.output_ratio
+        )
         _check_ints(self.kernel, "kernel", 1)
         if (self.output_size is None) == (self.output_ratio is None):
-            raise ValueError(f"give either output_size or output_ratio, not output_size={self.output_size!r} and output_ratio={self.output_ratio!r}")
+            raise ValueError(
+                f"give either output_size or output_ratio, not output_size={self.output_size!r} "
+                f"and output_ratio={self.output_ratio!r}"
+            )
         if self.output_size is not None:
             _check_ints(self.output_size, "output_size", 1)
-        ratios = self.output_ratio if isinstance(self.output_ratio, Sequence) else (self.output_ratio,)
+        ratios = (
+            self.output_ratio if isinstance(self.output_ratio, Sequence) else (self.output_ratio,)
+        )
         if any(ratio is not None and not 0 < ratio < 1 for ratio in ratios):
-            raise ValueError(f"output_ratio={self.output_ratio!r} must lie between 0 and 1, both excluded")
+            raise ValueError(
+                f"output_ratio={self.output_ratio!r} must lie between 0 and 1, both excluded"
+            )
 
     @property
     def num_axes(self) -> int | None:
@@ -376,12 +451,22 @@ class Fractional(Windows):
         outs = self._out_sizes(in_sizes)
         for size, kernel, out in zip(in_sizes, kernels, outs, strict=True):
             if out < 1 or out + kernel - 1 > size:
-                raise ValueError(f"{self} does not fit an input of size {size}: output {out} + kernel {kernel} - 1 must be at most {size}, and the output at least 1")
-        return tuple(Axis(size, out, kernel, 1, 1, 0, 0) for size, out, kernel in zip(in_sizes, outs, kernels, strict=True))
+                raise ValueError(
+                    f"{self} does not fit an input of size {size}: output {out} + kernel {kernel} "
+                    f"- 1 must be at most {size}, and the output at least 1"
+                )
+        return tuple(
+            Axis(size, out, kernel, 1, 1, 0, 0)
+            for size, out, kernel in zip(in_sizes, outs, kernels, strict=True)
+        )
 
     def _out_sizes(self, in_sizes: Sequence[int]) -> tuple[int, ...]:
         if self.output_size is not None:
             return _spread(self.output_size, len(in_sizes), "output_size")
         ratio = self.output_ratio
-        ratios = (ratio,) * len(in_sizes) if isinstance(ratio, (int, float)) else tuple(cast(Sequence[float], ratio))
+        ratios = (
+            (ratio,) * len(in_sizes)
+            if isinstance(ratio, (int, float))
+            else tuple(cast(Sequence[float], ratio))
+        )
         return tuple(int(size * r) for size, r in zip(in_sizes, ratios, strict=True))

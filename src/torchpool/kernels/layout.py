@@ -58,7 +58,8 @@ def result_dtype(dtype: torch.dtype, reduction: Accumulation) -> torch.dtype:
 
 
 def empty_stats(x: Tensor, sizes: Sequence[int], reduction: Accumulation, save: bool) -> Tensor:
-    """Uninitialised room for what an accumulation saves: a, the sums and n; nothing for linear ones."""
+    """Uninitialised room for what an accumulation saves: a, the sums and n; nothing for linear
+    ones."""
     dtype = compute_dtype(x.dtype)
     if not save or reduction.linear:
         return x.new_empty(0, dtype=dtype)

@@ -1,6 +1,8 @@
-"""What an exported graph holds: torch's own pooling operator where it means the same everywhere, else gathers and plain arithmetic.
+"""What an exported graph holds: torch's own pooling operator where it means the same everywhere,
+else gathers and plain arithmetic.
 
-Torch's operators are compact and known to every runtime, but exporters mistranslate some of their options (divisors under ceil_mode,
+Torch's operators are compact and known to every runtime, but exporters mistranslate some of their
+options (divisors under ceil_mode,
 divisor_override, adaptive sizes that do not divide). Those cases are written out.
 """
 
@@ -23,7 +25,8 @@ _MEAN: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def _is_plain(axis: Axis) -> bool:
-    """Whether torch's operators take the axis without ceil_mode: a regular window, symmetric padding of at most half of it."""
+    """Whether torch's operators take the axis without ceil_mode: a regular window, symmetric
+    padding of at most half of it."""
     if axis.is_adaptive or axis.before != axis.after:
         return False
     reach = axis.dilation * (axis.kernel - 1) + 1
@@ -36,11 +39,25 @@ def _arguments(axes: Sequence[Axis]) -> dict[str, list[int]]:
     return {name: [getattr(axis, field) for axis in axes] for name, field in columns.items()}
 
 
-def select(x: Tensor, mask: Tensor | None, starts: Tensor | None, reduction: Selection, axes: Sequence[Axis]) -> Tensor:
+def select(
+    x: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    reduction: Selection,
+    axes: Sequence[Axis],
+) -> Tensor:
     """The values of a selection."""
-    plain = mask is None and starts is None and len(axes) in _MAX and x.dtype.is_floating_point and all(map(_is_plain, axes))
+    plain = (
+        mask is None
+        and starts is None
+        and len(axes) in _MAX
+        and x.dtype.is_floating_point
+        and all(map(_is_plain, axes))
+    )
     if plain and type(reduction) is Max:
-        y: Tensor = _MAX[len(axes)](x, **_arguments(axes), dilation=[axis.dilation for axis in axes])
+        y: Tensor = _MAX[len(axes)](
+            x, **_arguments(axes), dilation=[axis.dilation for axis in axes]
+        )
         return y
     if not x.dtype.is_floating_point or type(reduction) is not Max:
         return reference.composite_select(x, mask, starts, reduction, axes)[0]
@@ -61,11 +78,16 @@ def accumulate(
     """The values of an accumulation."""
     bare = mask is None and weights is None and starts is None and x.dtype.is_floating_point
     if bare and isinstance(reduction, Mean) and reduction.divisor is None:
-        if all(axis.out_size == 1 and axis.kernel == axis.in_size and axis.before == axis.after == 0 for axis in axes):
+        if all(
+            axis.out_size == 1 and axis.kernel == axis.in_size and axis.before == axis.after == 0
+            for axis in axes
+        ):
             dims = list(range(2, x.ndim))
             return x.to(layout.compute_dtype(x.dtype)).mean(dims, keepdim=True).to(x.dtype)
         padded = any(axis.before for axis in axes)
         if len(axes) in _MEAN and all(axis.dilation == 1 and _is_plain(axis) for axis in axes):
-            y: Tensor = _MEAN[len(axes)](x, **_arguments(axes), count_include_pad=reduction.count_include_pad or not padded)
+            y: Tensor = _MEAN[len(axes)](
+                x, **_arguments(axes), count_include_pad=reduction.count_include_pad or not padded
+            )
             return y
     return reference.composite_accumulate(x, mask, weights, params, reduction, axes, starts)

@@ -1,8 +1,10 @@
 """The definition of every kernel in plain torch: any device, any dtype, any windows and reduction.
 
 Windows are gathered by flat index and reduced along one axis. Two faces:
-* `select`, `accumulate` and their backward: what the operators run where no faster kernel serves; bounded memory, deterministic, hand-written derivatives.
-* `composite`: the same result as ordinary differentiable torch operators; what is exported, forward-mode differentiated and differentiated twice.
+* `select`, `accumulate` and their backward: what the operators run where no faster kernel serves;
+bounded memory, deterministic, hand-written derivatives.
+* `composite`: the same result as ordinary differentiable torch operators; what is exported,
+forward-mode differentiated and differentiated twice.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ MAX_GATHERED = 1 << 24
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:
-    return torch.where(condition, yes, no) if isinstance(condition, Tensor) else (yes if condition else no)
+    return (
+        torch.where(condition, yes, no)
+        if isinstance(condition, Tensor)
+        else (yes if condition else no)
+    )
 
 
 _TORCH = {
@@ -39,15 +45,17 @@ _TORCH = {
 
 
 @lru_cache(maxsize=256)
-def formula(kind: type, name: str) -> Any:
+def formula(kind: Any, name: str) -> Any:
+    """The formula `name` of a reduction's class over torch's functions."""
     return formulas.rebind(getattr(kind, name), _TORCH)
 
 
-# Geometry: where the taps of each window lie ------------------------------------------------------
+# Geometry: where the taps of each window lie
 
 
 class Corner(NamedTuple):
-    """One axis of the windows: first position and end of each, shaped to broadcast over (N, C, *O, taps)."""
+    """One axis of the windows: first position and end of each, shaped to broadcast over (N, C, *O,
+    taps)."""
 
     axis: Axis
     start: Tensor
@@ -55,7 +63,8 @@ class Corner(NamedTuple):
 
 
 def corners(axes: Sequence[Axis], starts: Tensor | None, device: torch.device) -> list[Corner]:
-    """The windows of each axis; `starts` (N, C, d, max O) gives the first positions per plane instead of the axis."""
+    """The windows of each axis; `starts` (N, C, d, max O) gives the first positions per plane
+    instead of the axis."""
     made = []
     for i, axis in enumerate(axes):
         shape = (1,) * i + (axis.out_size,) + (1,) * (len(axes) - i)
@@ -65,7 +74,9 @@ def corners(axes: Sequence[Axis], starts: Tensor | None, device: torch.device) -
             start = starts[:, :, i, : axis.out_size].reshape(*starts.shape[:2], *shape)
         elif axis.is_adaptive:
             start = (outputs * axis.in_size // axis.out_size).reshape(1, 1, *shape)
-            stop = (((outputs + 1) * axis.in_size + axis.out_size - 1) // axis.out_size).reshape(1, 1, *shape)
+            stop = (((outputs + 1) * axis.in_size + axis.out_size - 1) // axis.out_size).reshape(
+                1, 1, *shape
+            )
         else:
             start = (outputs * axis.stride - axis.before).reshape(1, 1, *shape)
         made.append(Corner(axis, start, stop))
@@ -76,7 +87,8 @@ def locate(offsets: Tensor, corners: Sequence[Corner]) -> tuple[Tensor, Tensor]:
     """Where the taps `offsets` (row-major number inside the window) of each window lie.
 
     Shape:
-        offsets broadcastable to (N, C, *O, taps) -> flat positions in the input (int64), and whether they lie inside it
+        offsets broadcastable to (N, C, *O, taps) -> flat positions in the input (int64), and
+        whether they lie inside it
     """
     flat: Tensor | int = 0
     inside: Tensor | bool = True
@@ -86,20 +98,29 @@ def locate(offsets: Tensor, corners: Sequence[Corner]) -> tuple[Tensor, Tensor]:
         position = start + offsets // rest % axis.kernel * axis.dilation
         inside = inside & (position >= 0) & (position < stop)
         flat = flat * axis.in_size + position.clamp(0, axis.in_size - 1)
-    assert isinstance(flat, Tensor) and isinstance(inside, Tensor)
+    assert isinstance(flat, Tensor)
+    assert isinstance(inside, Tensor)
     return flat, inside
 
 
 def winners(state: Tensor, starts: Tensor | None, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
-    """Flat input position (int64) that each state points to, and whether it lies inside the input."""
+    """Flat input position (int64) that each state points to, and whether it lies inside the
+    input."""
     flat, inside = locate(state.to(torch.int64).unsqueeze(-1), corners(axes, starts, state.device))
     return flat.squeeze(-1), inside.squeeze(-1)
 
 
-def _bands(axes: Sequence[Axis], starts: Tensor | None, x: Tensor) -> Iterator[tuple[slice, list[Corner]]]:
+def _bands(
+    axes: Sequence[Axis], starts: Tensor | None, x: Tensor
+) -> Iterator[tuple[slice, list[Corner]]]:
     """Bands of output rows whose windows fit in MAX_GATHERED elements."""
     first, *rest = corners(axes, starts, x.device)
-    per_row = x.shape[0] * x.shape[1] * first.axis.kernel * math.prod(c.axis.out_size * c.axis.kernel for c in rest)
+    per_row = (
+        x.shape[0]
+        * x.shape[1]
+        * first.axis.kernel
+        * math.prod(c.axis.out_size * c.axis.kernel for c in rest)
+    )
     rows = max(1, MAX_GATHERED // max(1, per_row))
     for begin in range(0, first.axis.out_size, rows):
         band = slice(begin, min(begin + rows, first.axis.out_size))
@@ -108,17 +129,21 @@ def _bands(axes: Sequence[Axis], starts: Tensor | None, x: Tensor) -> Iterator[t
 
 
 def _windows_of(axes: Sequence[Corner]) -> tuple[Tensor, Tensor]:
-    """Flat positions of all taps, (1 | N, 1 | C, *O, prod K), and whether they lie inside the input."""
+    """Flat positions of all taps, (1 | N, 1 | C, *O, prod K), and whether they lie inside the
+    input."""
     d = len(axes)
     flat: Tensor | int = 0
     inside: Tensor | bool = True
     for i, (axis, start, stop) in enumerate(axes):
         taps = torch.arange(axis.kernel, device=start.device) * axis.dilation
-        position = start.reshape(*start.shape[:-1], *(1,) * d) + taps.reshape(-1, *(1,) * (d - 1 - i))
+        position = start.reshape(*start.shape[:-1], *(1,) * d) + taps.reshape(
+            -1, *(1,) * (d - 1 - i)
+        )
         limit = stop if not isinstance(stop, Tensor) else stop.reshape(*stop.shape[:-1], *(1,) * d)
         inside = inside & (position >= 0) & (position < limit)
         flat = flat * axis.in_size + position.clamp(0, axis.in_size - 1)
-    assert isinstance(flat, Tensor) and isinstance(inside, Tensor)
+    assert isinstance(flat, Tensor)
+    assert isinstance(inside, Tensor)
     return flat.flatten(-d), inside.expand(flat.shape).flatten(-d)
 
 
@@ -127,11 +152,14 @@ def _gather(x: Tensor, flat: Tensor) -> Tensor:
     x = x.flatten(2)
     if flat.shape[0] == flat.shape[1] == 1:
         return x[:, :, flat[0, 0]]
-    return x.gather(2, flat.expand(*x.shape[:2], *flat.shape[2:]).flatten(2)).reshape(*x.shape[:2], *flat.shape[2:])
+    return x.gather(2, flat.expand(*x.shape[:2], *flat.shape[2:]).flatten(2)).reshape(
+        *x.shape[:2], *flat.shape[2:]
+    )
 
 
 def _scatter(values: Tensor, flat: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The adjoint of `_gather`, into (N, C, *sizes); sums in a fixed order on every device (no float atomics)."""
+    """The adjoint of `_gather`, into (N, C, *sizes); sums in a fixed order on every device (no
+    float atomics)."""
     n, c = values.shape[:2]
     size = math.prod(sizes)
     planes = torch.arange(n * c, device=flat.device).reshape(n, c, *(1,) * (flat.ndim - 2))
@@ -144,25 +172,34 @@ def _scatter(values: Tensor, flat: Tensor, sizes: Sequence[int]) -> Tensor:
     return total.reshape(n, c, *sizes)
 
 
-def windows(x: Tensor, mask: Tensor | None, starts: Tensor | None, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
+def windows(
+    x: Tensor, mask: Tensor | None, starts: Tensor | None, axes: Sequence[Axis]
+) -> tuple[Tensor, Tensor]:
     """All windows of x (N, C, *S) -> (N, C, *O, taps), and which taps take part."""
     flat, inside = _windows_of(corners(axes, starts, x.device))
     return _gather(x, flat), inside if mask is None else inside & _gather(mask, flat)
 
 
-# Selection ------------------------------------------------------------------------------------------
+# Selection
 
 _WIDE = {torch.bool: torch.uint8, torch.uint16: torch.int32, torch.uint32: torch.int64}
 """Dtypes that torch can store but hardly compute with, and what stands in for them."""
 
 
-def why_not_select(x: Tensor, mask: Tensor | None, starts: Tensor | None, reduction: Selection, axes: Sequence[Axis]) -> str | None:
+def why_not_select(
+    x: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    reduction: Selection,
+    axes: Sequence[Axis],
+) -> str | None:
     """None: the reference serves everything."""
     return None
 
 
 def _choose(windows: Tensor, valid: Tensor, reduction: Selection) -> tuple[Tensor, Tensor]:
-    """The winning offset of each window (..., taps) -> (...), and whether the window has a valid element."""
+    """The winning offset of each window (..., taps) -> (...), and whether the window has a valid
+    element."""
     keys = formula(type(reduction), "key")(windows)
     if not reduction.largest and keys.dtype.is_floating_point:
         keys = -keys
@@ -178,25 +215,40 @@ def _choose(windows: Tensor, valid: Tensor, reduction: Selection) -> tuple[Tenso
 
 
 def select(
-    x: Tensor, mask: Tensor | None, starts: Tensor | None, reduction: Selection, axes: Sequence[Axis], save: bool
+    x: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    reduction: Selection,
+    axes: Sequence[Axis],
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Winners of all windows: values (N, C, *O) and their offsets in the window (see `layout.state_dtype`)."""
+    """Winners of all windows: values (N, C, *O) and their offsets in the window (see
+    `layout.state_dtype`)."""
     wide = x.to(_WIDE.get(x.dtype, x.dtype))
     y = layout.empty_like(x, [axis.out_size for axis in axes])
-    state = torch.empty_like(y, dtype=layout.state_dtype(axes)) if save else x.new_empty(0, dtype=layout.state_dtype(axes))
+    state = (
+        torch.empty_like(y, dtype=layout.state_dtype(axes))
+        if save
+        else x.new_empty(0, dtype=layout.state_dtype(axes))
+    )
     for band, part in _bands(axes, starts, x):
         flat, inside = _windows_of(part)
         valid = inside if mask is None else inside & _gather(mask, flat)
         windows = _gather(wide, flat)
         offset, seen = _choose(windows, valid, reduction)
-        y[:, :, band] = torch.where(seen, windows.gather(-1, offset.unsqueeze(-1)).squeeze(-1), 0).to(x.dtype)
+        y[:, :, band] = torch.where(
+            seen, windows.gather(-1, offset.unsqueeze(-1)).squeeze(-1), 0
+        ).to(x.dtype)
         if save:
             state[:, :, band] = torch.where(seen, offset, 0).to(state.dtype)
     return y, state
 
 
-def select_backward(grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[Axis]) -> Tensor:
-    """Sends the gradient of each window to its winner: (N, C, *O) -> (N, C, *S) in the layout of the state."""
+def select_backward(
+    grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[Axis]
+) -> Tensor:
+    """Sends the gradient of each window to its winner: (N, C, *O) -> (N, C, *S) in the layout of
+    the state."""
     flat, inside = winners(state, starts, axes)
     values = torch.where(inside, grad, 0).to(layout.compute_dtype(grad.dtype))
     total = _scatter(values, flat, [axis.in_size for axis in axes])
@@ -204,17 +256,19 @@ def select_backward(grad: Tensor, state: Tensor, starts: Tensor | None, axes: Se
 
 
 def select_take(x: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[Axis]) -> Tensor:
-    """The adjoint of `select_backward`: the element of x that each state points to, 0 where it points outside."""
+    """The adjoint of `select_backward`: the element of x that each state points to, 0 where it
+    points outside."""
     flat, inside = winners(state, starts, axes)
     taken = torch.where(inside, _gather(x, flat.unsqueeze(-1)).squeeze(-1), 0)
     return layout.to_layout(taken, layout.is_channels_last(state))
 
 
-# Accumulation ---------------------------------------------------------------------------------------
+# Accumulation
 
 
 class _Windows(NamedTuple):
-    """Everything the formulas need about a band of windows, in compute dtype; x, w (N, C, *O, taps)."""
+    """Everything the formulas need about a band of windows, in compute dtype; x, w (N, C, *O,
+    taps)."""
 
     x: Tensor
     valid: Tensor
@@ -226,7 +280,12 @@ class _Windows(NamedTuple):
 
 
 def why_not_accumulate(
-    x: Tensor, mask: Tensor | None, weights: Tensor | None, params: Tensor | None, reduction: Accumulation, axes: Sequence[Axis]
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    reduction: Accumulation,
+    axes: Sequence[Axis],
 ) -> str | None:
     """None: the reference serves everything."""
     return None
@@ -239,7 +298,11 @@ def _padded_count(part: Sequence[Corner]) -> Tensor:
         product: Tensor | int = 1
         for axis, start, stop in part:
             position = start + torch.arange(axis.kernel, device=start.device) * axis.dilation
-            low, high = (-axis.before, axis.in_size + axis.after) if limits and not axis.is_adaptive else (0, stop)
+            low, high = (
+                (-axis.before, axis.in_size + axis.after)
+                if limits and not axis.is_adaptive
+                else (0, stop)
+            )
             product = product * ((position >= low) & (position < high)).sum(-1)
         counts.append(product)
     padded = counts[0] - counts[1]
@@ -248,7 +311,12 @@ def _padded_count(part: Sequence[Corner]) -> Tensor:
 
 
 def _prepare(
-    x: Tensor, mask: Tensor | None, weights: Tensor | None, params: Tensor | None, reduction: Accumulation, part: Sequence[Corner]
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    reduction: Accumulation,
+    part: Sequence[Corner],
 ) -> _Windows:
     flat, inside = _windows_of(part)
     dtype = layout.compute_dtype(x.dtype)
@@ -259,11 +327,24 @@ def _prepare(
         valid = valid & (w != 0)
         w = torch.where(valid, w, 0)
     real = dtype if dtype.is_floating_point else torch.float64
-    p = torch.zeros((), dtype=real, device=x.device) if params is None else params.reshape(1, -1, *(1,) * (flat.ndim - 2))
+    p = (
+        torch.zeros((), dtype=real, device=x.device)
+        if params is None
+        else params.reshape(1, -1, *(1,) * (flat.ndim - 2))
+    )
     windows = _gather(x, flat).to(dtype)
-    # Elements that take no part stand in as a valid one of the same window: the formulas then stay in range, and no NaN leaks through a derivative.
-    key = windows if reduction.anchor != "max" else torch.where(valid, formula(type(reduction), "key")(windows, p), -math.inf)
-    proxy = valid.to(torch.uint8).argmax(-1, keepdim=True) if reduction.anchor != "max" else torch.where(key != key, math.inf, key).argmax(-1, keepdim=True)
+    # Elements that take no part stand in as a valid one of the same window: the formulas then stay
+    # in range, and no NaN leaks through a derivative.
+    key = (
+        windows
+        if reduction.anchor != "max"
+        else torch.where(valid, formula(type(reduction), "key")(windows, p), -math.inf)
+    )
+    proxy = (
+        valid.to(torch.uint8).argmax(-1, keepdim=True)
+        if reduction.anchor != "max"
+        else torch.where(key != key, math.inf, key).argmax(-1, keepdim=True)
+    )
     stand_in = windows.gather(-1, proxy.expand(*windows.shape[:-1], 1)).detach()
     some = valid.any(-1, keepdim=True)
     windows = torch.where(valid, windows, torch.where(some, stand_in, 1))
@@ -290,7 +371,10 @@ def _count(total: Tensor, reduction: Accumulation, part: Sequence[Corner]) -> Te
 
 def _sums(kind: type, name: str, v: _Windows, weighted: bool = True) -> tuple[Tensor, ...]:
     """Sums over each window of the terms that the formula `name` gives."""
-    terms = (torch.where(v.valid, torch.as_tensor(t, dtype=v.x.dtype, device=v.x.device), 0) for t in formula(kind, name)(v.x, v.a, v.p))
+    terms = (
+        torch.where(v.valid, torch.as_tensor(t, dtype=v.x.dtype, device=v.x.device), 0)
+        for t in formula(kind, name)(v.x, v.a, v.p)
+    )
     return tuple((t if v.w is None else v.w * t).expand(v.x.shape).sum(-1) for t in terms)
 
 
@@ -298,7 +382,11 @@ def _finish(v: _Windows, reduction: Accumulation, sums: tuple[Tensor, ...]) -> T
     a, p = (t.squeeze(-1) if t.ndim else t for t in (v.a, v.p))
     safe = tuple(torch.where(v.seen, s, 1) for s in sums)
     if not v.x.dtype.is_floating_point:
-        total = sums[0] if not isinstance(reduction, Mean) else torch.div(sums[0], v.n.to(v.x.dtype), rounding_mode="trunc")
+        total = (
+            sums[0]
+            if not isinstance(reduction, Mean)
+            else torch.div(sums[0], v.n.to(v.x.dtype), rounding_mode="trunc")
+        )
         return torch.where(v.seen, total, 0)
     y = formula(type(reduction), "finish")(safe, v.n, a, p)
     return torch.where(v.seen, y, 0)
@@ -314,7 +402,8 @@ def accumulate(
     save: bool,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Values (N, C, *O) of all windows, and for the backward pass a, the sums and n of each (stacked, in compute dtype)."""
+    """Values (N, C, *O) of all windows, and for the backward pass a, the sums and n of each
+    (stacked, in compute dtype)."""
     outs = [axis.out_size for axis in axes]
     y = layout.empty_like(x, outs, layout.result_dtype(x.dtype, reduction))
     stats = layout.empty_stats(x, outs, reduction, save)
@@ -323,20 +412,25 @@ def accumulate(
         sums = _sums(type(reduction), "lift", v)
         y[:, :, band] = _finish(v, reduction, sums).to(y.dtype)
         if stats.numel():
-            for slot, value in zip(stats, (v.a.squeeze(-1) if v.a.ndim else v.a, *sums, v.n), strict=True):
+            for slot, value in zip(
+                stats, (v.a.squeeze(-1) if v.a.ndim else v.a, *sums, v.n), strict=True
+            ):
                 slot[:, :, band] = value
     return y, stats
 
 
 class _Terms(NamedTuple):
-    """Gradients of a band: by each tap's x and weight (None where not needed), and by p for each channel."""
+    """Gradients of a band: by each tap's x and weight (None where not needed), and by p for each
+    channel."""
 
     x: Tensor | None
     w: Tensor | None
     p: Tensor | None
 
 
-def _backward_terms(grad: Tensor, v: _Windows, reduction: Accumulation, needs: Sequence[bool]) -> _Terms:
+def _backward_terms(
+    grad: Tensor, v: _Windows, reduction: Accumulation, needs: Sequence[bool]
+) -> _Terms:
     """The chain rule over the hand-written derivatives; itself differentiable."""
     kind = type(reduction)
     like = {"dtype": v.x.dtype, "device": v.x.device}
@@ -347,16 +441,28 @@ def _backward_terms(grad: Tensor, v: _Windows, reduction: Accumulation, needs: S
     by_sums = [(grad * torch.as_tensor(d, **like)).unsqueeze(-1) for d in by_sums]
     gx = gw = gp = None
     if needs[0]:
-        gx = sum(d * torch.as_tensor(t, **like) for d, t in zip(by_sums, formula(kind, "lift_dx")(v.x, v.a, v.p), strict=True))
+        gx = sum(
+            d * torch.as_tensor(t, **like)
+            for d, t in zip(by_sums, formula(kind, "lift_dx")(v.x, v.a, v.p), strict=True)
+        )
         gx = torch.where(v.valid, gx if v.w is None else gx * v.w, 0)
     if needs[1]:
         fixed = isinstance(reduction, Mean) and reduction.divisor is not None
-        by_n = torch.zeros((), **like) if fixed else (grad * torch.as_tensor(by_n, **like)).unsqueeze(-1)
-        gw = sum(d * torch.as_tensor(t, **like) for d, t in zip(by_sums, formula(kind, "lift")(v.x, v.a, v.p), strict=True))
+        by_n = (
+            torch.zeros((), **like)
+            if fixed
+            else (grad * torch.as_tensor(by_n, **like)).unsqueeze(-1)
+        )
+        gw = sum(
+            d * torch.as_tensor(t, **like)
+            for d, t in zip(by_sums, formula(kind, "lift")(v.x, v.a, v.p), strict=True)
+        )
         gw = torch.where(v.valid, gw + by_n, 0)
     if needs[2]:
         gp = grad * torch.as_tensor(by_p, **like)
-        gp = gp + sum(d.squeeze(-1) * t for d, t in zip(by_sums, _sums(kind, "lift_dp", v), strict=True))
+        gp = gp + sum(
+            d.squeeze(-1) * t for d, t in zip(by_sums, _sums(kind, "lift_dp", v), strict=True)
+        )
         gp = gp.sum([0, *range(2, gp.ndim)])
     return _Terms(gx, gw, gp)
 
@@ -373,7 +479,8 @@ def accumulate_backward(
     needs: Sequence[bool],
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, weights and params; those not needed come as empty tensors. The reference reads no stats."""
+    """Gradients by x, weights and params; those not needed come as empty tensors. The reference
+    reads no stats."""
     sizes = [axis.in_size for axis in axes]
     shape = (*grad.shape[:2], *sizes)
     if not x.numel():
@@ -398,11 +505,15 @@ def accumulate_backward(
     return gx.to(grad.dtype) if needs[0] else gx, gw, gp
 
 
-# Composites: ordinary differentiable operators --------------------------------------------------------
+# Composites: ordinary differentiable operators
 
 
 def composite_select(
-    x: Tensor, mask: Tensor | None, starts: Tensor | None, reduction: Selection, axes: Sequence[Axis]
+    x: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    reduction: Selection,
+    axes: Sequence[Axis],
 ) -> tuple[Tensor, Tensor]:
     """Values and flat positions (int64, -1 for an empty window) of all windows."""
     taken, valid = windows(x.to(_WIDE.get(x.dtype, x.dtype)), mask, starts, axes)
@@ -423,7 +534,9 @@ def composite_accumulate(
 ) -> Tensor:
     """Values of all windows."""
     v = _prepare(x, mask, weights, params, reduction, corners(axes, starts, x.device))
-    return _finish(v, reduction, _sums(type(reduction), "lift", v)).to(layout.result_dtype(x.dtype, reduction))
+    return _finish(v, reduction, _sums(type(reduction), "lift", v)).to(
+        layout.result_dtype(x.dtype, reduction)
+    )
 
 
 def composite_accumulate_backward(
@@ -443,6 +556,13 @@ def composite_accumulate_backward(
     terms = _backward_terms(grad, v, reduction, needs)
     flat, _ = _windows_of(part)
     sizes = [axis.in_size for axis in axes]
-    gx, gw = (None if t is None else _scatter(t.expand(*x.shape[:2], *flat.shape[2:]), flat, sizes) for t in (terms.x, terms.w))
-    gp = terms.p.sum(0, keepdim=True) if terms.p is not None and params is not None and params.numel() == 1 else terms.p
+    gx, gw = (
+        None if t is None else _scatter(t.expand(*x.shape[:2], *flat.shape[2:]), flat, sizes)
+        for t in (terms.x, terms.w)
+    )
+    gp = (
+        terms.p.sum(0, keepdim=True)
+        if terms.p is not None and params is not None and params.numel() == 1
+        else terms.p
+    )
     return gx, gw, gp
