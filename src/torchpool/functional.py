@@ -509,6 +509,10 @@ def _check_rank(x: Tensor, d: int, name: str) -> None:
             f"{name}: input of shape {tuple(x.shape)} must have "
             f"{d + 1} or {d + 2} axes: (C, *S) or (N, C, *S)"
         )
+    if x.ndim == d + 1 and x.shape[0] == 0:
+        raise ValueError(
+            f"{name}: input of shape {tuple(x.shape)} has no channels; only a batch axis may be empty"
+        )
 
 
 def _ints(value: Any, d: int, name: str) -> tuple[int, ...]:
