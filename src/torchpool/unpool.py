@@ -115,7 +115,7 @@ def _scatter_last(x: Tensor, indices: Tensor, sizes: Sequence[int]) -> Tensor:
     kept = torch.where(
         winner.gather(-1, indices) == order, x, torch.zeros((), dtype=x.dtype, device=x.device)
     )
-    return x.new_zeros((*lead, space)).scatter_add(-1, indices, kept).unflatten(-1, tuple(sizes))
+    return x.new_zeros((*lead, space)).scatter_add(-1, indices, kept).view(*lead, *sizes)
 
 
 def _check_pair(x: Any, indices: Any, d: int) -> None:
@@ -195,9 +195,8 @@ def _check_range(indices: Tensor, sizes: Sequence[int], space: int) -> None:
             "max_unpool: an index lies outside the output; pass the output_size that was pooled",
         )
         return
-    while _functorch.is_functorch_wrapped_tensor(
-        indices
-    ):  # a batched tensor has no single truth value, what it wraps has
+    # A batched tensor has no single truth value; what it wraps has.
+    while _functorch.is_functorch_wrapped_tensor(indices):
         indices = _functorch.get_unwrapped(indices)
     if indices.is_meta or type(indices) is not Tensor or not indices.numel():
         return
