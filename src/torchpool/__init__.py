@@ -1,6 +1,8 @@
 """torchpool: pooling layers for PyTorch. Any windows × any reduction, over images, volumes and
 sequences."""
 
+from torchpool import nn
+from torchpool.convert import convert
 from torchpool.functional import *  # noqa: F403  the names of its __all__: pool, explain and torch's functions
 from torchpool.reductions import (
     Accumulation,
