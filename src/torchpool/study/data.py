@@ -1,0 +1,153 @@
+"""The images a study trains on: scikit-learn's handwritten digits on a larger canvas, or the user's
+own folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CANVAS = 32
+"""Height and width of the images, pixels."""
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+HELD_OUT = 0.25
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images and labels, split into a training and a held-out part that never change.
+
+    Shapes: train (N, C, 32, 32) in [0, 1], labels (N,) int64.
+    """
+
+    name: str
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    skipped: tuple[str, ...] = field(default=())
+
+    @property
+    def channels(self) -> int:
+        """Colour channels of an image."""
+        return int(self.train.shape[1])
+
+
+def _split(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices of the training and the held-out part, the same share of every class."""
+    train, test = [], []
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        held = max(1, round(HELD_OUT * len(members)))
+        test.append(members[:held])
+        train.append(members[held:])
+    return torch.cat(train), torch.cat(test)
+
+
+def _place(small: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image (N, 1, h, w) at a random position on an empty canvas."""
+    n, c, h, w = small.shape
+    canvas = torch.zeros(n, c, CANVAS, CANVAS)
+    tops = torch.randint(CANVAS - h + 1, (n,), generator=generator)
+    lefts = torch.randint(CANVAS - w + 1, (n,), generator=generator)
+    for i, (top, left) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True)):
+        canvas[i, :, top : top + h, left : left + w] = small[i]
+    return canvas
+
+
+def digits() -> Images:
+    """The 1,797 handwritten digits of scikit-learn, doubled to 16x16, each somewhere on 32x32."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    images = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
+    images = F.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
+    labels = torch.tensor(raw.target, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    train, test = _split(labels, generator)
+    canvas = _place(images, generator)
+    return Images(
+        "handwritten digits at random positions",
+        canvas[train],
+        labels[train],
+        canvas[test],
+        labels[test],
+        tuple(str(digit) for digit in range(10)),
+    )
+
+
+def folder(path: Path) -> Images:
+    """A folder of class folders of images, scaled to 32x32 RGB.
+
+    Images that cannot be read are skipped and named in `skipped`.
+
+    Raises:
+        DataError: no folder, fewer than two classes, or a class with fewer than two readable
+        images.
+    """
+    if not path.is_dir():
+        raise DataError(f"--data {path}: there is no such folder")
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    if len(names) < 2:
+        raise DataError(
+            f"--data {path} has {len(names)} class folders; it "
+            f"needs one folder of images per class, "
+            "at least two (cats/1.png, dogs/1.png, ...)"
+        )
+    images, labels, skipped = [], [], []
+    for label, name in enumerate(names):
+        found = sorted(p for p in (path / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+        before = len(images)
+        for file in found:
+            try:
+                images.append(_read(file))
+                labels.append(label)
+            except (OSError, ValueError, SyntaxError) as error:
+                skipped.append(f"{file.relative_to(path)} ({error})")
+        if len(images) - before < 2:
+            raise DataError(
+                f"--data {path}: class {name!r} has {len(images) - before} readable images of "
+                f"{len(found)}; every class needs at least two"
+            )
+    stacked, targets = torch.stack(images), torch.tensor(labels)
+    train, test = _split(targets, torch.Generator().manual_seed(0))
+    return Images(
+        str(path),
+        stacked[train],
+        targets[train],
+        stacked[test],
+        targets[test],
+        tuple(names),
+        tuple(skipped),
+    )
+
+
+def _read(file: Path) -> Tensor:
+    from PIL import Image
+
+    with Image.open(file) as image:
+        pixels = np.asarray(image.convert("RGB").resize((CANVAS, CANVAS)), dtype=np.float32)
+    return torch.from_numpy(pixels / 255).permute(2, 0, 1).contiguous()
+
+
+def shifted(images: Tensor, seed: int, reach: int = 4) -> Tensor:
+    """Each image moved by up to `reach` pixels along both axes; what comes in is empty."""
+    generator = torch.Generator().manual_seed(seed)
+    moves = torch.randint(-reach, reach + 1, (len(images), 2), generator=generator).tolist()
+    padded = F.pad(images, (reach,) * 4)
+    height, width = images.shape[-2:]
+    parts = [
+        padded[i, :, reach - dy : reach - dy + height, reach - dx : reach - dx + width]
+        for i, (dy, dx) in enumerate(moves)
+    ]
+    return torch.stack(parts)

@@ -1,0 +1,184 @@
+"""The experiment: arms x seeds as trials of an Optuna study, stored one by one, shared by
+processes, resumed after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torchpool.study.data import Images
+from torchpool.study.model import ARMS, Geometry
+from torchpool.study.trial import Cost, Score, measure, train
+
+HEARTBEAT = 5
+"""Seconds between the signs of life of a running trial."""
+GRACE = 20
+"""Seconds without one after which a trial counts as abandoned and is run again."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study compares. `arms` are labels: a name of `ARMS`, with #2, #3, ... for its
+    repetitions."""
+
+    arms: tuple[str, ...]
+    seeds: int
+    epochs: int
+    geometry: Geometry
+    device: str
+    data: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Trials of plans that differ only in arms and seeds can be put together."""
+        fixed = [self.epochs, asdict(self.geometry), self.device, self.data]
+        return hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:10]
+
+    @property
+    def trials(self) -> list[tuple[str, int]]:
+        """Every (arm, seed), seed by seed, so that an interrupted study has compared all arms."""
+        return [(arm, seed) for seed in range(self.seeds) for arm in self.arms]
+
+
+@dataclass
+class Results:
+    """What is known so far: scores[arm][seed] and costs[arm]."""
+
+    plan: Plan
+    scores: dict[str, dict[int, Score]] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every trial of the plan has run."""
+        return all(seed in self.scores.get(arm, {}) for arm, seed in self.plan.trials)
+
+
+def labels(names: Sequence[str]) -> tuple[str, ...]:
+    """Labels for arms that may repeat: max, max#2, ...
+
+    Raises:
+        ValueError: an unknown arm.
+    """
+    made: list[str] = []
+    for name in names:
+        if name not in ARMS:
+            raise ValueError(f"--arms {name}: there is no such arm; choose from {', '.join(ARMS)}")
+        count = sum(label.split("#")[0] == name for label in made)
+        made.append(name if count == 0 else f"{name}#{count + 1}")
+    return tuple(made)
+
+
+class Experiment:
+    """A plan and its storage.
+
+    Args:
+        storage: an SQLAlchemy URL; processes that name the same one share the work.
+    """
+
+    def __init__(self, plan: Plan, storage: str) -> None:
+        import optuna
+        from optuna.storages import RDBStorage, RetryFailedTrialCallback
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.plan = plan
+        store = RDBStorage(
+            storage,
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
+            failed_trial_callback=RetryFailedTrialCallback(),
+            engine_kwargs={"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {},
+        )
+        self.study: Any = optuna.create_study(
+            study_name=f"torchpool-{plan.fingerprint}",
+            storage=store,
+            direction="maximize",
+            load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(),
+        )
+
+    def results(self) -> Results:
+        """Everything that is stored for the plan."""
+        found = Results(self.plan)
+        for trial in self.study.get_trials(deepcopy=False):
+            arm, seed = trial.user_attrs.get("arm"), trial.user_attrs.get("seed")
+            if trial.state.name == "COMPLETE" and (arm, seed) in self.plan.trials:
+                found.scores.setdefault(arm, {})[seed] = Score(**trial.user_attrs["score"])
+        for key, value in self.study.user_attrs.items():
+            if key.startswith("cost:") and key[5:] in self.plan.arms:
+                found.costs[key[5:]] = Cost(**value)
+        return found
+
+    def _enqueue_missing(self) -> None:
+        """Puts what is neither done, running nor waiting into the queue."""
+        known = set()
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state.name in ("COMPLETE", "RUNNING", "WAITING"):
+                known.add(self._claim(trial))
+        for arm, seed in self.plan.trials:
+            if (arm, seed) not in known:
+                self.study.enqueue_trial({}, user_attrs={"arm": arm, "seed": seed})
+
+    @staticmethod
+    def _claim(trial: Any) -> tuple[str, int] | None:
+        """The (arm, seed) that a trial was queued for; None for one that was not queued by us."""
+        attributes = trial.user_attrs
+        return (attributes["arm"], attributes["seed"]) if "seed" in attributes else None
+
+    def _count(self, state: str) -> int:
+        """Trials of this plan in a state."""
+        return sum(
+            t.state.name == state and self._claim(t) in self.plan.trials
+            for t in self.study.get_trials(deepcopy=False)
+        )
+
+    def run(
+        self, images: Images, on_trial: Callable[[str, int], None], tick: Callable[[], None]
+    ) -> Results:
+        """Runs what is missing, together with any other process on the same storage.
+
+        Args:
+            on_trial: called with arm and seed before each trial.
+            tick: called after each epoch.
+        """
+        import optuna
+
+        interrupted: list[BaseException] = []
+
+        def objective(trial: Any) -> float:
+            claim = self._claim(trial)
+            if claim is None or claim not in self.plan.trials:
+                raise optuna.TrialPruned  # the queue was emptied by another process meanwhile
+            arm, seed = claim
+            on_trial(arm, seed)
+            try:
+                plan = self.plan
+                score = train(
+                    arm.split("#")[0], seed, images, plan.geometry, plan.epochs, plan.device, tick
+                )
+            except KeyboardInterrupt as stop:
+                interrupted.append(stop)
+                raise optuna.TrialPruned from None  # not done: the next run takes it up again
+            trial.set_user_attr("score", asdict(score))
+            return score.accuracy
+
+        self._enqueue_missing()
+        while True:
+            optuna.storages.fail_stale_trials(self.study)
+            if self._count("WAITING"):
+                self.study.optimize(objective, n_trials=1)
+            elif self._count("RUNNING"):
+                time.sleep(0.5)  # another process is at work; if it died, its trial becomes stale
+            else:
+                break
+            if interrupted:
+                raise KeyboardInterrupt
+        for arm in self.plan.arms:
+            if f"cost:{arm}" not in self.study.user_attrs:
+                cost = measure(arm.split("#")[0], images, self.plan.geometry, self.plan.device)
+                self.study.set_user_attr(f"cost:{arm}", asdict(cost))
+        return self.results()
