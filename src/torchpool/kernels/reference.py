@@ -44,9 +44,13 @@ _TORCH = {
 }
 
 
-@lru_cache(maxsize=256)
 def formula(kind: Any, name: str) -> Any:
     """The formula `name` of a reduction's class over torch's functions."""
+    return _rebound(kind, name)
+
+
+@lru_cache(maxsize=256)
+def _rebound(kind: Any, name: str) -> Any:
     return formulas.rebind(getattr(kind, name), _TORCH)
 
 
@@ -428,41 +432,41 @@ class _Terms(NamedTuple):
     p: Tensor | None
 
 
+def _as(value: Any, like: Tensor) -> Tensor:
+    """A term of a formula, which may be a plain number, as a tensor of the windows' dtype."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def _chain(by_sums: Sequence[Tensor], name: str, v: _Windows, kind: Any) -> Tensor:
+    """Sum over k of dL/ds_k times the k-th term of the formula `name`, per tap."""
+    total = torch.zeros((), dtype=v.x.dtype, device=v.x.device)
+    for by_sum, term in zip(by_sums, formula(kind, name)(v.x, v.a, v.p), strict=True):
+        total = total + by_sum.unsqueeze(-1) * _as(term, v.x)
+    return total
+
+
 def _backward_terms(
     grad: Tensor, v: _Windows, reduction: Accumulation, needs: Sequence[bool]
 ) -> _Terms:
     """The chain rule over the hand-written derivatives; itself differentiable."""
-    kind = type(reduction)
-    like = {"dtype": v.x.dtype, "device": v.x.device}
+    kind: Any = type(reduction)
     a, p = (t.squeeze(-1) if t.ndim else t for t in (v.a, v.p))
     sums = tuple(torch.where(v.seen, s, 1) for s in _sums(kind, "lift", v))
     by_sums, by_n, by_p = formula(kind, "finish_grad")(sums, v.n, a, p)
     grad = torch.where(v.seen, grad.to(v.x.dtype), 0)
-    by_sums = [(grad * torch.as_tensor(d, **like)).unsqueeze(-1) for d in by_sums]
+    by_sums = [grad * _as(d, v.x) for d in by_sums]
     gx = gw = gp = None
     if needs[0]:
-        gx = sum(
-            d * torch.as_tensor(t, **like)
-            for d, t in zip(by_sums, formula(kind, "lift_dx")(v.x, v.a, v.p), strict=True)
-        )
+        gx = _chain(by_sums, "lift_dx", v, kind)
         gx = torch.where(v.valid, gx if v.w is None else gx * v.w, 0)
     if needs[1]:
         fixed = isinstance(reduction, Mean) and reduction.divisor is not None
-        by_n = (
-            torch.zeros((), **like)
-            if fixed
-            else (grad * torch.as_tensor(by_n, **like)).unsqueeze(-1)
-        )
-        gw = sum(
-            d * torch.as_tensor(t, **like)
-            for d, t in zip(by_sums, formula(kind, "lift")(v.x, v.a, v.p), strict=True)
-        )
-        gw = torch.where(v.valid, gw + by_n, 0)
+        through_n = _as(0.0, v.x) if fixed else (grad * _as(by_n, v.x)).unsqueeze(-1)
+        gw = torch.where(v.valid, _chain(by_sums, "lift", v, kind) + through_n, 0)
     if needs[2]:
-        gp = grad * torch.as_tensor(by_p, **like)
-        gp = gp + sum(
-            d.squeeze(-1) * t for d, t in zip(by_sums, _sums(kind, "lift_dp", v), strict=True)
-        )
+        gp = grad * _as(by_p, v.x)
+        for by_sum, term in zip(by_sums, _sums(kind, "lift_dp", v), strict=True):
+            gp = gp + by_sum * term
         gp = gp.sum([0, *range(2, gp.ndim)])
     return _Terms(gx, gw, gp)
 

@@ -104,7 +104,9 @@ def folder(path: Path) -> Images:
             f"needs one folder of images per class, "
             "at least two (cats/1.png, dogs/1.png, ...)"
         )
-    images, labels, skipped = [], [], []
+    images: list[Tensor] = []
+    labels: list[int] = []
+    skipped: list[str] = []
     for label, name in enumerate(names):
         found = sorted(p for p in (path / name).rglob("*") if p.suffix.lower() in SUFFIXES)
         before = len(images)
