@@ -1,0 +1,88 @@
+"""How many threads run a kernel, and when the parallel one may be entered at all."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numba
+import torch
+from numba import config
+
+PARALLEL_BYTES = 1 << 17
+"""Bytes of traffic below which waking a second thread costs more than it saves."""
+
+_forked = False
+_guard: AbstractContextManager[Any] | None = None
+_first_entry = threading.Lock()
+
+
+def _mark_child() -> None:
+    # GNU OpenMP ends a forked child that enters a parallel region after its parent did.
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_child)
+
+
+def _prefer_openmp() -> None:
+    """Asks numba for OpenMP, which several Python threads may enter at once, unless the user chose a layer."""
+    if config.THREADING_LAYER != "default":
+        return
+    try:
+        import numba.np.ufunc.omppool  # noqa: F401
+    except ImportError:
+        return
+    config.THREADING_LAYER = "omp"
+
+
+_prefer_openmp()
+
+
+def count(traffic: int) -> int:
+    """Threads for a kernel that moves `traffic` bytes: torch's number, or 1 where more would not pay or not be safe."""
+    if _forked or traffic < PARALLEL_BYTES:
+        return 1
+    return int(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
+
+
+def run(
+    serial: Callable[..., None], parallel: Callable[..., None], units: int, traffic: int, *args: Any
+) -> None:
+    """Runs a kernel over `units` independent pieces of work.
+
+    Args:
+        serial: `serial(begin, end, *args)` does the pieces `begin .. end - 1`.
+        parallel: `parallel(threads, units, *args)` does all of them.
+        traffic: bytes moved, which decides whether threads pay.
+    """
+    threads = min(count(traffic), units)
+    if threads <= 1:
+        serial(0, units, *args)
+        return
+    numba.set_num_threads(threads)
+    with _entry():
+        parallel(threads, units, *args)
+
+
+def _entry() -> AbstractContextManager[Any]:
+    """A lock where the threading layer cannot be entered by two Python threads at once."""
+    global _guard
+    if _guard is None:
+        with _first_entry:
+            _start_layer(2)
+            _guard = threading.Lock() if numba.threading_layer() == "workqueue" else nullcontext()
+    return _guard
+
+
+@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+def _start_layer(pieces: int) -> int:
+    total = 0
+    for i in numba.prange(pieces):
+        total += i
+    return total
