@@ -310,11 +310,13 @@ class _Reader:
             **function.__globals__,
             **{name: cell.cell_contents for name, cell in cells if _is_filled(cell)},
         }
+        code = function.__code__
+        for name in code.co_varnames + code.co_cellvars:  # a local hides a global of its name
+            scope.pop(name, None)
         for node in ast.walk(tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 scope.update(_imported(node))
-        arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
-        if arguments[:1] == ("self",):
+        if code.co_varnames[:1] == ("self",):
             scope["self"] = self.module
         return scope
 
