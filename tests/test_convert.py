@@ -253,6 +253,16 @@ def test_instances_and_models_that_cannot_be_swapped():
     ]
 
 
+def test_scripted_layers_are_left_and_compiled_models_go_on():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2))
+    report = tp.convert(torch.jit.script(model))
+    assert [(e.path, e.reason.split(";")[0]) for e in report.left] == [("1", "it is scripted")]
+    compiled = torch.compile(model, backend="eager")
+    expected = compiled(X)
+    assert [s.path for s in tp.convert(compiled).swapped] == ["_orig_mod.1"]
+    torch.testing.assert_close(compiled(X), expected)
+
+
 def test_a_traced_graph():
     class Small(nn.Module):
         def __init__(self):

@@ -72,11 +72,10 @@ class Report:
     left: tuple[Left, ...]
     functional: tuple[FunctionalCall, ...]
     unread: tuple[str, ...]
-    """Paths of Modules whose source is not at hand, so that functional calls in it would go
-    unnoticed."""
+    """Paths of Modules whose source is not at hand: functional calls in it go unnoticed."""
 
     def undo(self) -> nn.Module:
-        """Gives every swapped layer its class back (unless it was changed since) and returns the
+        """Gives every swapped layer its class back, unless that changed since; returns the
         model."""
         for swap in self.swapped:
             if type(swap.module) is swap.after:
@@ -108,22 +107,18 @@ class Report:
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> list[str]:
-    width = max((len(path or "(model)") for path, _ in rows), default=0)
-    return (
-        [
-            f"  {title}:",
-            *(f"    {path or '(model)':{width}}  {text}".rstrip() for path, text in rows),
-        ]
-        if rows
-        else []
-    )
+    if not rows:
+        return []
+    width = max(len(path or "(model)") for path, _ in rows)
+    lines = (f"    {path or '(model)':{width}}  {text}".rstrip() for path, text in rows)
+    return [f"  {title}:", *lines]
 
 
 def convert(model: nn.Module) -> Report:
-    """Lets torchpool compute the `torch.nn` pooling layers of a model, in place; results,
-    state_dict and repr stay the same.
+    """Lets torchpool compute the `torch.nn` pooling layers of a model, in place.
 
-    Nested and shared layers are found wherever they stand. A subclass of a torch layer is swapped
+    Results, state_dict and repr stay the same. Nested and shared layers are found wherever they
+    stand. A subclass of a torch layer is swapped
     if it does not have a `forward` of its own.
     Calls of pooling functions cannot be swapped: the code of the model's Modules is read, without
     running it, and they are reported.
@@ -161,8 +156,7 @@ def convert(model: nn.Module) -> Report:
 def _walk(
     module: nn.Module, path: str = "", above: frozenset[int] = frozenset()
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Every place in a model, shared Modules once per place; a Module inside itself is not entered
-    again."""
+    """Every place in a model; a Module inside itself is not entered again."""
     yield path, module
     for name, child in module._modules.items():
         if child is not None and id(child) not in above | {id(module)}:
@@ -173,14 +167,10 @@ def _walk(
 
 
 def _replacement(module: nn.Module) -> type | str | None:
-    """The class to give a Module, the reason in words why a pooling layer gets none, or None for
-    other Modules."""
+    """The class to give a Module, or why a pooling layer gets none; None for other Modules."""
     if isinstance(module, torch.jit.ScriptModule):
-        return (
-            "it is scripted; convert the model before scripting it"
-            if _is_pool_name(module.original_name)
-            else None
-        )
+        is_pool = module.original_name in torch_layers.__all__
+        return "it is scripted; convert the model before scripting it" if is_pool else None
     kind: Any = type(module)
     origin = next((base for base in kind.__mro__ if base in _REPLACEMENTS), None)
     if origin is None:
@@ -198,14 +188,9 @@ def _replacement(module: nn.Module) -> type | str | None:
     )
 
 
-def _is_pool_name(name: str) -> bool:
-    return name in torch_layers.__all__
-
-
 @functools.cache
 def _swapped_subclass(kind: Any, replacement: Any) -> Any:
-    """A user's subclass of a torch layer, with torchpool's forward; it pickles and copies by way of
-    the user's class."""
+    """A user's subclass with torchpool's forward; pickles name the class of the user."""
     members = {
         "forward": replacement.forward,
         "_pool": vars(replacement)["_pool"],
@@ -248,7 +233,7 @@ def _find_calls(modules: list[tuple[str, nn.Module]]) -> tuple[list[FunctionalCa
         if isinstance(module, torch.fx.GraphModule):
             reader.read_graph(module)
         else:
-            reader.read(vars(module).get("forward", type(module).forward))
+            reader.read(inspect.getattr_static(module, "forward"))
         calls += [FunctionalCall(path, name, location) for name, location in reader.calls]
         if reader.is_unread:
             unread.append(path)

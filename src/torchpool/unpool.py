@@ -63,7 +63,7 @@ def max_unpool2d(
         output_size does not fit.
 
     >>> x = torch.tensor([[[[5.0, 7.0]]]])
-    >>> max_unpool2d(x, torch.tensor([[[[3, 0]]]]), kernel_size=2, output_size=(2, 2))
+    >>> max_unpool2d(x, torch.tensor([[[[3, 0]]]]), kernel_size=(2, 1))
     tensor([[[[7., 0.],
               [0., 5.]]]])
     """
