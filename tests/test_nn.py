@@ -524,6 +524,16 @@ def test_compiled_drop_ins_equal_eager(name):
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("layer", learned_layers()[::-2], ids=repr)
+def test_export_with_dynamic_sizes(layer):
+    sizes = dict.fromkeys((2, 3), torch.export.Dim.AUTO)
+    exported = torch.export.export(layer, (torch.rand(2, 3, 9, 11),), dynamic_shapes=(sizes,))
+    assert not [node for node in exported.graph.nodes if "torchpool" in str(node.target)]
+    for size in ((9, 11), (12, 14)):
+        x = torch.rand(2, 3, *size)
+        torch.testing.assert_close(exported.module()(x), layer(x))
+
+
 def test_mixtures_on_tokens():
     tokens = torch.randn(2, 12, 3)
     for layer in (

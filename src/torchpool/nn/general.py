@@ -270,6 +270,8 @@ class Gated(_MaxMean):
         pooling).
     """
 
+    windows: Window
+
     def __init__(
         self,
         windows: Window,
@@ -301,7 +303,9 @@ class Gated(_MaxMean):
                 f"Gated was built for channels={self.channels}, but x has {x.shape[1]} channels"
             )
         seen = x if mask is None else x.masked_fill(~mask, 0)
-        return torch.sigmoid(depthwise(seen, self.weight, self.windows.axes(sizes)))
+        return torch.sigmoid(
+            depthwise(seen, self.weight, self.windows.axes(sizes), self.windows.ceil_mode)
+        )
 
     def extra_repr(self) -> str:
         return describe(
