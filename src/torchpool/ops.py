@@ -72,7 +72,7 @@ def refusals(operation: str, device: torch.device, *case: Any) -> tuple[ModuleTy
     Raises:
         ValueError: TORCHPOOL_BACKEND names no backend, or one that does not serve the case.
     """
-    forced = os.environ.get("TORCHPOOL_BACKEND")
+    forced = os.environ.get("TORCHPOOL_BACKEND") or None
     if forced is not None and forced not in _BACKENDS:
         raise ValueError(f"TORCHPOOL_BACKEND={forced!r} must be one of {', '.join(_BACKENDS)}")
     reasons: dict[str, str] = {}
