@@ -1,8 +1,249 @@
-"""Formulas of reductions compiled for kernels."""
+"""A reduction's own formulas as code that kernels call.
 
+A kernel takes a tag, a value whose type stands for the reduction, and is compiled once for each type of tag. The name of that type carries a digest of the
+formulas' code, so that kernels can be cached on disk: another process finds them by the name, and a changed formula has another name.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202
 from __future__ import annotations
 
+import hashlib
+from functools import lru_cache
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
 
-def why_not(kind: type) -> str | None:
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from torchpool import reductions
+from torchpool.kernels.cpu import scalars
+from torchpool.reductions import Accumulation
+
+MAX_SUMS = 4
+_METHODS = ("key", "least", "lift", "lift_dx", "lift_dp", "finish", "finish_grad")
+_TABLE = {getattr(reductions, name): getattr(scalars, name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "where")}
+_PREFIX = "Formulas_"
+_tags: dict[str, type] = {}
+_kinds: dict[str, type[Accumulation]] = {}
+
+
+def __getattr__(name: str) -> type:
+    """The type of tag with that name: how another process's cached kernels find theirs."""
+    if not name.startswith(_PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _tags:
+        made = NamedTuple(name, [("unit", int)])  # type: ignore[misc]
+        made.__module__ = __name__
+        _tags[name] = made
+    return _tags[name]
+
+
+def _text(code: CodeType) -> str:
+    constants = [_text(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts[1 if code.co_consts and isinstance(code.co_consts[0], str) else 0 :]]
+    return f"{code.co_code.hex()}{constants}{code.co_names}{code.co_varnames}"
+
+
+def _source(formula: FunctionType, seen: set[Any]) -> str:
+    """The code of a formula and of everything that it calls."""
+    text = _text(formula.__code__) + repr(formula.__defaults__)
+    for name in formula.__code__.co_names:
+        value = formula.__globals__.get(name)
+        if isinstance(value, FunctionType) and value not in _TABLE and value not in seen:
+            seen.add(value)
+            text += _source(value, seen)
+        elif isinstance(value, (int, float)):
+            text += repr(value)
+    return text
+
+
+@lru_cache(maxsize=256)
+def tag(kind: type[Accumulation]) -> Any:
+    """The tag of a reduction's class."""
+    text = f"{kind.anchor}{kind.num_sums}" + "".join(_source(getattr(kind, name), set()) for name in _METHODS)
+    name = f"{_PREFIX}{kind.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    _kinds[name] = kind
+    return __getattr__(name)(0)
+
+
+@lru_cache(maxsize=256)
+def why_not(kind: type[Accumulation]) -> str | None:
     """Why the formulas of a reduction cannot be compiled; None where they can."""
-    return f"{kind.__name__} has no CPU kernel"
+    if not 1 <= kind.num_sums <= MAX_SUMS:
+        return f"{kind.__name__} keeps {kind.num_sums} sums, the CPU kernels at most {MAX_SUMS}"
+    if any(getattr(kind, name).__closure__ for name in _METHODS):
+        return f"a formula of {kind.__name__} is a closure"
+    return None
+
+
+def _single(value: Any) -> Any:
+    """Python's numbers as float32, so that they do not drag arithmetic to float64."""
+    if isinstance(value, tuple):
+        return tuple(_single(v) for v in value)
+    return np.float32(value) if isinstance(value, float) else value
+
+
+def _compile(is_single: bool) -> Any:
+    def wrap(formula: FunctionType) -> Any:
+        if is_single:
+            scope = {name: _single(v) if isinstance(v, float) else v for name, v in formula.__globals__.items()}
+            code = formula.__code__.replace(co_consts=tuple(_single(c) for c in formula.__code__.co_consts))
+            formula = FunctionType(code, scope, formula.__name__, formula.__defaults__)
+        return njit(formula, error_model="numpy", nogil=True)
+
+    return wrap
+
+
+@lru_cache(maxsize=1024)
+def _formula(kind: type[Accumulation], name: str, is_single: bool) -> Any:
+    return reductions.rebind(getattr(kind, name), _TABLE, _compile(is_single))
+
+
+def _kind(tag: Any) -> type[Accumulation]:
+    return _kinds[tag.instance_class.__name__]
+
+
+def _number(like: Any) -> tuple[bool, Any]:
+    return like == types.float32, np.float32 if like == types.float32 else np.float64
+
+
+def num_sums(tag: Any) -> int:
+    """How many sums the reduction keeps."""
+    raise NotImplementedError
+
+
+@overload(num_sums)
+def _num_sums(tag):
+    count = _kind(tag).num_sums
+    return lambda tag: count
+
+
+def anchor(tag: Any) -> int:
+    """0 none, 1 the largest key, 2 the mean."""
+    raise NotImplementedError
+
+
+@overload(anchor)
+def _anchor(tag):
+    code = (None, "max", "mean").index(_kind(tag).anchor)
+    return lambda tag: code
+
+
+def key(tag: Any, x: Any, p: Any) -> Any:
+    raise NotImplementedError
+
+
+@overload(key)
+def _key(tag, x, p):
+    is_single, number = _number(x)
+    f = _formula(_kind(tag), "key", is_single)
+    return lambda tag, x, p: number(f(x, p))
+
+
+def least(tag: Any, p: Any) -> Any:
+    raise NotImplementedError
+
+
+@overload(least)
+def _least(tag, p):
+    is_single, number = _number(p)
+    f = _formula(_kind(tag), "least", is_single)
+    return lambda tag, p: number(f(p))
+
+
+def _padded(name: str) -> Any:
+    """An implementation of `lift` and its derivatives: four numbers, of which the first `num_sums` count."""
+
+    def choose(tag, x, a, p):
+        is_single, number = _number(x)
+        kind = _kind(tag)
+        zero = number(0)
+        if getattr(kind, name) is getattr(Accumulation, name):
+            return lambda tag, x, a, p: (zero, zero, zero, zero)
+        f = _formula(kind, name, is_single)
+
+        def one(tag, x, a, p):
+            t = f(x, a, p)
+            return number(t[0]), zero, zero, zero
+
+        def two(tag, x, a, p):
+            t = f(x, a, p)
+            return number(t[0]), number(t[1]), zero, zero
+
+        def three(tag, x, a, p):
+            t = f(x, a, p)
+            return number(t[0]), number(t[1]), number(t[2]), zero
+
+        def four(tag, x, a, p):
+            t = f(x, a, p)
+            return number(t[0]), number(t[1]), number(t[2]), number(t[3])
+
+        return (one, two, three, four)[kind.num_sums - 1]
+
+    return choose
+
+
+def lift(tag: Any, x: Any, a: Any, p: Any) -> Any:
+    raise NotImplementedError
+
+
+def lift_dx(tag: Any, x: Any, a: Any, p: Any) -> Any:
+    raise NotImplementedError
+
+
+def lift_dp(tag: Any, x: Any, a: Any, p: Any) -> Any:
+    raise NotImplementedError
+
+
+overload(lift)(_padded("lift"))
+overload(lift_dx)(_padded("lift_dx"))
+overload(lift_dp)(_padded("lift_dp"))
+
+
+def finish(tag: Any, s: Any, n: Any, a: Any, p: Any) -> Any:
+    raise NotImplementedError
+
+
+@overload(finish)
+def _finish(tag, s, n, a, p):
+    is_single, number = _number(n)
+    kind = _kind(tag)
+    f = _formula(kind, "finish", is_single)
+    choices = (
+        lambda tag, s, n, a, p: number(f((s[0],), n, a, p)),
+        lambda tag, s, n, a, p: number(f((s[0], s[1]), n, a, p)),
+        lambda tag, s, n, a, p: number(f((s[0], s[1], s[2]), n, a, p)),
+        lambda tag, s, n, a, p: number(f(s, n, a, p)),
+    )
+    return choices[kind.num_sums - 1]
+
+
+def finish_grad(tag: Any, s: Any, n: Any, a: Any, p: Any) -> Any:
+    """Derivatives by four sums, of which the first `num_sums` count, by n and by p."""
+    raise NotImplementedError
+
+
+@overload(finish_grad)
+def _finish_grad(tag, s, n, a, p):
+    is_single, number = _number(n)
+    kind = _kind(tag)
+    f = _formula(kind, "finish_grad", is_single)
+    zero = number(0)
+
+    def one(tag, s, n, a, p):
+        d, dn, dp = f((s[0],), n, a, p)
+        return number(d[0]), zero, zero, zero, number(dn), number(dp)
+
+    def two(tag, s, n, a, p):
+        d, dn, dp = f((s[0], s[1]), n, a, p)
+        return number(d[0]), number(d[1]), zero, zero, number(dn), number(dp)
+
+    def three(tag, s, n, a, p):
+        d, dn, dp = f((s[0], s[1], s[2]), n, a, p)
+        return number(d[0]), number(d[1]), number(d[2]), zero, number(dn), number(dp)
+
+    def four(tag, s, n, a, p):
+        d, dn, dp = f(s, n, a, p)
+        return number(d[0]), number(d[1]), number(d[2]), number(d[3]), number(dn), number(dp)
+
+    return (one, two, three, four)[kind.num_sums - 1]

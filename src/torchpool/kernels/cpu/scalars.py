@@ -346,3 +346,17 @@ def where(condition: Any, yes: Any, no: Any) -> Any:
 @overload(where)
 def _where(condition, yes, no):
     return lambda condition, yes, no: yes if condition else no
+
+
+def load(x: Any, i: Any) -> Any:
+    """One element in the format that is computed in."""
+    return x[i]
+
+
+@overload(load, inline="always")
+def _load(x, i):
+    if x.dtype == types.uint16:
+        return lambda x, i: float_of(_U(_U(x[i]) << _U(16)))
+    if x.dtype == types.int16:
+        return lambda x, i: half_to_float(np.int32(x[i]))
+    return lambda x, i: x[i]
