@@ -548,6 +548,9 @@ def test_mixtures_on_tokens():
         torch.testing.assert_close(y, layer(tokens.movedim(-1, 1)).movedim(1, -1))
 
 
+MIXED, X4 = tp.nn.Mixed(tp.Window(2)), torch.ones(1, 3, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("build", "error", "match"),
     [
@@ -572,6 +575,9 @@ def test_mixtures_on_tokens():
             ValueError,
             "channels=4",
         ),
+        (lambda: MIXED(X4, mask=torch.ones(5, dtype=torch.bool)), ValueError, "mask of shape"),
+        (lambda: MIXED(X4, mask=torch.ones(1, 3, 4, 4)), TypeError, "mask has dtype"),
+        (lambda: MIXED(X4, weights=torch.ones(5)), ValueError, "weights of shape"),
         (lambda: tp.nn.Gated(tp.Adaptive(2)), TypeError, "Window"),
         (lambda: tp.nn.Gated(tp.Window((2, 2)), num_axes=3), ValueError, "num_axes"),
         (lambda: tp.nn.Gated(tp.Window(2), num_axes=4), ValueError, "not 4"),

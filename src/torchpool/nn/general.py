@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchpool.functional import _pooled_axes, _View, pool
+from torchpool.functional import _broadcast, _pooled_axes, _View, pool
 from torchpool.nn.depthwise import depthwise
 from torchpool.nn.describe import describe
 from torchpool.reductions import Max, Mean, Reduction
@@ -170,8 +170,8 @@ class _MaxMean(nn.Module):
     ) -> Tensor:
         view = _View(_pooled_axes(x, self.windows, self.dims), x.shape)
         x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-        mask = None if mask is None else view.canonical(mask.expand(x.shape))
-        weights = None if weights is None else view.canonical(weights.expand(x.shape))
+        mask = None if mask is None else view.canonical(_broadcast(mask, x, "mask"))
+        weights = None if weights is None else view.canonical(_broadcast(weights, x, "weights"))
         x = view.canonical(x)
         dims = range(2, x.ndim)
         largest = pool(x, Max(), self.windows, dims=dims, mask=mask, weights=weights)
