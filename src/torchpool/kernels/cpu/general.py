@@ -34,20 +34,20 @@ from torchpool.kernels.cpu.plan import (
     STRIDE,
     VALID,
 )
-from torchpool.kernels.cpu.scalars import JIT, empty_row, load, narrow, target
+from torchpool.kernels.cpu.scalars import INNER, JIT, empty_row, load, narrow, target
 from torchpool.reductions import Accumulation, Mean
 from torchpool.windows import Axis
 
 ROW = 256
 """Elements that a row should have at least, where there are planes to make it of."""
-_WORK = 64
+_WORK = 8
 """What a tap costs, as bytes of traffic, when threads are counted."""
 
 
 # Tap rows -----------------------------------------------------------------------------------------------
 
 
-@njit(**JIT)
+@njit(**INNER)
 def tap_ranges(geo, tab, ranges):
     """For each tap of the last axis the range of outputs that have it; windows at a regular stride only."""
     for j in range(geo[3, KERNEL]):
@@ -59,7 +59,7 @@ def tap_ranges(geo, tab, ranges):
                 ranges[j, 1] = o + 1
 
 
-@njit(**JIT)
+@njit(**INNER)
 def pick(t, x, at, stride):
     if stride == 1:
         for i in range(t.size):
@@ -72,7 +72,7 @@ def pick(t, x, at, stride):
             t[i] = load(x, at + stride * i)
 
 
-@njit(**JIT)
+@njit(**INNER)
 def tap_plane(t, w, x, weights, geo, tab, inner, base, j, ranges):
     """The tap row of one plane; `base` is where the input row begins. Returns whether every window has the tap, with weight 1."""
     outs, dilation, stride = geo[3, OUT], geo[3, DILATION], geo[3, STRIDE]
@@ -107,7 +107,7 @@ def tap_plane(t, w, x, weights, geo, tab, inner, base, j, ranges):
     return whole
 
 
-@njit(**JIT)
+@njit(**INNER)
 def tap_row(t, w, x, weights, geo, tab, inner, plane, planes, line, j, ranges):
     """Tap j of the last axis in input row `line` of several planes."""
     width = geo[3, OUT] * inner
@@ -119,7 +119,7 @@ def tap_row(t, w, x, weights, geo, tab, inner, plane, planes, line, j, ranges):
     return whole
 
 
-@njit(**JIT)
+@njit(**INNER)
 def parameter_row(p, params, channels, plane, planes, width, inner):
     """The parameter of each element of a row."""
     for g in range(planes):
@@ -131,7 +131,7 @@ def parameter_row(p, params, channels, plane, planes, width, inner):
 # Formulas over rows -------------------------------------------------------------------------------------
 
 
-@njit(**JIT)
+@njit(**INNER)
 def raise_anchor(tag, a, t, w, p):
     for i in range(a.size):
         k = key(tag, t[i], p[i])
@@ -139,20 +139,20 @@ def raise_anchor(tag, a, t, w, p):
         a[i] = k if wins else a[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def add_mean(a, n, t, w):
     for i in range(a.size):
         a[i] += w[i] * t[i] if w[i] != 0 else w[i]
         n[i] += w[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def end_mean(a, n):
     for i in range(a.size):
         a[i] = a[i] / n[i] if n[i] != 0 else a[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def add_lift(tag, s0, s1, s2, s3, n, t, w, a, p):
     count = num_sums(tag)
     for i in range(n.size):
@@ -168,7 +168,7 @@ def add_lift(tag, s0, s1, s2, s3, n, t, w, a, p):
         n[i] += w[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def add_lift_dp(tag, total, d0, d1, d2, d3, n, t, w, a, p):
     count = num_sums(tag)
     for i in range(total.size):
@@ -183,7 +183,7 @@ def add_lift_dp(tag, total, d0, d1, d2, d3, n, t, w, a, p):
         total[i] = total[i] + w[i] * sent if (w[i] != 0) & (n[i] == n[i]) else total[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def add_lift_dx(tag, total, d0, d1, d2, d3, n, t, w, a, p):
     count = num_sums(tag)
     for i in range(total.size):
@@ -198,7 +198,7 @@ def add_lift_dx(tag, total, d0, d1, d2, d3, n, t, w, a, p):
         total[i] = total[i] + w[i] * sent if (w[i] != 0) & (n[i] == n[i]) else total[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def add_dw(tag, total, d0, d1, d2, d3, dn, n, t, w, a, p):
     count = num_sums(tag)
     for i in range(total.size):
@@ -213,7 +213,7 @@ def add_dw(tag, total, d0, d1, d2, d3, dn, n, t, w, a, p):
         total[i] = total[i] + sent if (w[i] != 0) & (n[i] == n[i]) else total[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def end_row(tag, out, s0, s1, s2, s3, n, a, p, extra, divisor, is_mean):
     """The values of a row; n becomes what the formulas divide by, and NaN where the window is empty."""
     zero, nan = out.dtype.type(0), out.dtype.type(np.nan)
@@ -227,7 +227,7 @@ def end_row(tag, out, s0, s1, s2, s3, n, a, p, extra, divisor, is_mean):
         n[i] = count if seen else nan
 
 
-@njit(**JIT)
+@njit(**INNER)
 def derive_row(tag, d0, d1, d2, d3, dn, dp, g, s0, s1, s2, s3, n, a, p):
     """What the gradient g of a row means for its sums, its n and the parameter."""
     count, zero = num_sums(tag), d0.dtype.type(0)
@@ -247,7 +247,7 @@ def derive_row(tag, d0, d1, d2, d3, dn, dp, g, s0, s1, s2, s3, n, a, p):
 # Forward ------------------------------------------------------------------------------------------------
 
 
-@njit(**JIT)
+@njit(**INNER)
 def split(unit, geo, column):
     """Which row of a plane: positions along the leading axes, and the rest of the number."""
     i2 = unit % geo[2, column]
@@ -256,7 +256,7 @@ def split(unit, geo, column):
     return i0, i1, i2, unit // (geo[2, column] * geo[1, column] * geo[0, column])
 
 
-@njit(**JIT)
+@njit(**INNER)
 def window_rows(geo, tab, o0, o1, o2, rows):
     """Fills `rows` with the input rows of an output row, numbered inside the plane. Returns how many there are."""
     found = 0
@@ -270,7 +270,7 @@ def window_rows(geo, tab, o0, o1, o2, rows):
     return found
 
 
-@njit(**JIT)
+@njit(**INNER)
 def sweep(goal, tag, x, weights, geo, tab, inner, plane, planes, rows, t, w, ones, ranges, s, n, a, p):
     """Visits every tap of an output row: 0 raises the anchor, 1 sums for the mean, 2 sums lifts."""
     for line in rows:
@@ -285,7 +285,7 @@ def sweep(goal, tag, x, weights, geo, tab, inner, plane, planes, rows, t, w, one
                 add_lift(tag, s[0], s[1], s[2], s[3], n, t, v, a, p)
 
 
-@njit(**JIT)
+@njit(**INNER)
 def pad_rows(extra, divisors, geo, tab, inner, planes, o0, o1, o2, include_pad, divisor):
     """Padding that each window counts, and the fixed divisor."""
     width = geo[3, OUT] * inner
@@ -344,7 +344,7 @@ def forward(begin, end, tag, x, weights, params, y, stats, geo, tab, inner, oute
                 stats[(slots + 1) * count + at : (slots + 1) * count + at + width] = n[part]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def store(values, row):
     """Rounds computed values into storage."""
     out = target(row, values)
@@ -367,7 +367,7 @@ def forward_parallel(
 # Backward: first each output's share, then each input row gathers what its outputs send ---------------------
 
 
-@njit(**JIT)
+@njit(**INNER)
 def fetch(buffer, source, slot, count, plane, planes, rows, row, width):
     """The rows of several planes side by side."""
     for g in range(planes):
@@ -438,7 +438,7 @@ def shares_parallel(
         )
 
 
-@njit(**JIT)
+@njit(**INNER)
 def spread_taps(total, r, geo, tab, inner, planes, j):
     """Adds what tap j of each window sends to the elements of the input rows."""
     width, size = geo[3, OUT] * inner, geo[3, SIZE] * inner

@@ -14,7 +14,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload, register_jitable
 
-JIT: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+INNER: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+"""Options of functions that only other kernels call: what is cached on disk is the kernel that holds them."""
+
+JIT: dict[str, Any] = {"cache": True, **INNER}
+"""Options of kernels."""
 
 
 class Largest(NamedTuple):
@@ -89,7 +93,7 @@ def float_of(context: Any, bits: Any):
 _U = np.uint32
 
 
-@njit(inline="always", **{k: v for k, v in JIT.items() if k != "cache"})
+@njit(inline="always", **INNER)
 def half_to_float(h):
     magnitude = _U(h & 0x7FFF) << _U(13)
     scaled = bits_of(float_of(_U(magnitude)) * np.float32(2.0**112))
@@ -97,7 +101,7 @@ def half_to_float(h):
     return float_of(_U(scaled | special | (_U(h & 0x8000) << _U(16))))
 
 
-@njit(inline="always", **{k: v for k, v in JIT.items() if k != "cache"})
+@njit(inline="always", **INNER)
 def float_to_half(f):
     bits = bits_of(f)
     sign = _U(bits & _U(0x80000000))
@@ -109,7 +113,7 @@ def float_to_half(f):
     return _U(rounded | _U(sign >> _U(16)))
 
 
-@njit(inline="always", **{k: v for k, v in JIT.items() if k != "cache"})
+@njit(inline="always", **INNER)
 def float_to_brain(f):
     bits = bits_of(f)
     rounded = _U(_U(bits + _U(0x7FFF) + _U((bits >> _U(16)) & _U(1))) >> _U(16))

@@ -11,12 +11,12 @@ import numpy as np
 from numba import njit, prange
 
 from torchpool.kernels.cpu.plan import COVER, COVER_OUT, COVER_TAP, DILATION, END, FIRST, HI, KERNEL, LO, OUT, REACH, SIZE, START, STRIDE
-from torchpool.kernels.cpu.scalars import JIT, beats, empty_row, narrow, target, widen
+from torchpool.kernels.cpu.scalars import INNER, JIT, beats, empty_row, narrow, target, widen
 
 RING_BYTES = 4 << 20
 
 
-@njit(**JIT)
+@njit(**INNER)
 def seed(best, offset, v, stride, tap):
     if stride == 1:
         for i in range(best.size):
@@ -31,7 +31,7 @@ def seed(best, offset, v, stride, tap):
         offset[i] = tap
 
 
-@njit(**JIT)
+@njit(**INNER)
 def challenge(tag, best, offset, v, stride, tap):
     """Lets tap number `tap` of each window compete."""
     code = offset.dtype.type(tap)
@@ -52,14 +52,14 @@ def challenge(tag, best, offset, v, stride, tap):
             offset[i] = code if wins else offset[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def begin_window(best, offset, v, taps, base):
     for i in range(best.size):
         best[i] = v[i]
         offset[i] = taps[i] + base
 
 
-@njit(**JIT)
+@njit(**INNER)
 def challenge_row(tag, best, offset, v, taps, base):
     """Lets a row of winners compete; theirs are the offsets `base + taps`."""
     code = offset.dtype.type(base)
@@ -69,7 +69,7 @@ def challenge_row(tag, best, offset, v, taps, base):
         offset[i] = taps[i] + code if wins else offset[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def reduce_one(tag, v, best, offset, geo, tab, o, inner):
     """Window `o` along the last axis; an empty one gets 0 and tap 0."""
     start, first, end = tab[geo[3, START] + o], tab[geo[3, FIRST] + o], tab[geo[3, END] + o]
@@ -95,7 +95,7 @@ def reduce_one(tag, v, best, offset, geo, tab, o, inner):
         challenge(tag, part, taps, v[(start + j * dilation) * inner :], 1, j)
 
 
-@njit(**JIT)
+@njit(**INNER)
 def reduce_row(tag, v, best, offset, geo, tab, inner):
     """Winners along the last axis: v (SIZE * inner) -> best, offset (OUT * inner)."""
     lo, hi = geo[3, LO], geo[3, HI]
@@ -111,7 +111,7 @@ def reduce_row(tag, v, best, offset, geo, tab, inner):
             reduce_one(tag, v, best, offset, geo, tab, o, inner)
 
 
-@njit(**JIT)
+@njit(**INNER)
 def zero_empty(out, offset, geo, tab, inner):
     """Windows with nothing in them along the last axis."""
     for o in range(geo[3, OUT]):
@@ -171,7 +171,7 @@ def winners_parallel(threads, units, tag, x, y, state, geo, tab, inner, any_empt
         winners(units * t // threads, units * (t + 1) // threads, tag, x, y, state, geo, tab, inner, any_empty)
 
 
-@njit(**JIT)
+@njit(**INNER)
 def masked_one(tag, x, mask, y, state, geo, tab, inner, at, corner, o, base):
     """One window over the elements where the mask holds."""
     found = False
@@ -219,7 +219,7 @@ def masked_parallel(threads, units, tag, x, mask, y, state, geo, tab, inner):
 # Backward: each thread owns rows of the input and gathers what the output rows that reach them send, in order ----------------
 
 
-@njit(**JIT)
+@njit(**INNER)
 def send_tap(g, state, out, stride, code):
     """Adds to each tap with offset `code` what its window sends it."""
     if stride == 1:
@@ -233,7 +233,7 @@ def send_tap(g, state, out, stride, code):
             out[stride * i] += g[i] if state[i] == code else 0
 
 
-@njit(**JIT)
+@njit(**INNER)
 def send_one(g, state, out, geo, tab, o, inner, code):
     """What window `o` sends into this input row; offsets that point outside are dropped."""
     start, size, dilation, kernel = tab[geo[3, START] + o], geo[3, SIZE], geo[3, DILATION], geo[3, KERNEL]
@@ -244,7 +244,7 @@ def send_one(g, state, out, geo, tab, o, inner, code):
             out[i * inner + c] += g[o * inner + c]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def send_row(g, state, out, geo, tab, inner, code):
     """Adds what an output row sends into an input row; `code` is the offset of that row's first tap in the window."""
     kernel, dilation = geo[3, KERNEL], geo[3, DILATION]

@@ -23,49 +23,49 @@ from torchpool.kernels.cpu.plan import (
     START,
     STRIDE,
 )
-from torchpool.kernels.cpu.scalars import JIT, empty_row, merge, narrow, target, widen
+from torchpool.kernels.cpu.scalars import INNER, JIT, empty_row, merge, narrow, target, widen
 
 
-@njit(**JIT)
+@njit(**INNER)
 def copy(out, a):
     for i in range(out.size):
         out[i] = a[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def merge2(tag, out, a, b):
     for i in range(out.size):
         out[i] = merge(tag, a[i], b[i])
 
 
-@njit(**JIT)
+@njit(**INNER)
 def merge3(tag, out, a, b, c):
     for i in range(out.size):
         out[i] = merge(tag, merge(tag, a[i], b[i]), c[i])
 
 
-@njit(**JIT)
+@njit(**INNER)
 def into2(tag, out, a, b):
     """Merges two more into what is there; apart from `merge3`, since a possible overlap would keep that from vectorising."""
     for i in range(out.size):
         out[i] = merge(tag, merge(tag, out[i], a[i]), b[i])
 
 
-@njit(**JIT)
+@njit(**INNER)
 def strided2(tag, out, v):
     """Two taps side by side, stride 2."""
     for i in range(out.size):
         out[i] = merge(tag, v[2 * i], v[2 * i + 1])
 
 
-@njit(**JIT)
+@njit(**INNER)
 def strided3(tag, out, v):
     """Three taps side by side, stride 2."""
     for i in range(out.size):
         out[i] = merge(tag, merge(tag, v[2 * i], v[2 * i + 1]), v[2 * i + 2])
 
 
-@njit(**JIT)
+@njit(**INNER)
 def first_tap(out, v, stride):
     if stride == 1:
         for i in range(out.size):
@@ -78,7 +78,7 @@ def first_tap(out, v, stride):
             out[i] = v[stride * i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def next_tap(tag, out, v, stride):
     if stride == 1:
         for i in range(out.size):
@@ -91,7 +91,7 @@ def next_tap(tag, out, v, stride):
             out[i] = merge(tag, out[i], v[stride * i])
 
 
-@njit(**JIT)
+@njit(**INNER)
 def along_window(tag, v):
     """All of a contiguous run as one value, in 16 lanes."""
     n = v.size
@@ -115,7 +115,7 @@ def along_window(tag, v):
     return best
 
 
-@njit(**JIT)
+@njit(**INNER)
 def slide_one(tag, v, out, geo, tab, o):
     """The window `o` of a row with inner size 1."""
     start, first, end = tab[geo[3, START] + o], tab[geo[3, FIRST] + o], tab[geo[3, END] + o]
@@ -132,7 +132,7 @@ def slide_one(tag, v, out, geo, tab, o):
     out[o] = best
 
 
-@njit(**JIT)
+@njit(**INNER)
 def slide_interior(tag, v, out, kernel, stride, dilation):
     """Whole windows of a row with inner size 1; v begins at the first tap of the first window."""
     if dilation == 1 and stride == 1 and kernel == 3:
@@ -147,7 +147,7 @@ def slide_interior(tag, v, out, kernel, stride, dilation):
             next_tap(tag, out, v[j * dilation :], stride)
 
 
-@njit(**JIT)
+@njit(**INNER)
 def slide(tag, v, out, geo, tab, inner):
     """Merges along the last axis: v (SIZE * inner) -> out (OUT * inner)."""
     kernel, stride, dilation = geo[3, KERNEL], geo[3, STRIDE], geo[3, DILATION]
@@ -188,7 +188,7 @@ def slide(tag, v, out, geo, tab, inner):
                 next_tap(tag, part, v[at + j * step : at + j * step + inner], 1)
 
 
-@njit(**JIT)
+@njit(**INNER)
 def window_rows(geo, tab, unit, rows):
     """Fills `rows` with the input rows of an output row, in row-major order. Returns how many there are."""
     o2 = unit % geo[2, OUT]
@@ -206,7 +206,7 @@ def window_rows(geo, tab, unit, rows):
     return found
 
 
-@njit(**JIT)
+@njit(**INNER)
 def leading_count(geo, tab, column, unit):
     """Product of a count table over the leading axes of an output row."""
     o2 = unit % geo[2, OUT]
@@ -215,7 +215,7 @@ def leading_count(geo, tab, column, unit):
     return tab[geo[0, column] + o0] * tab[geo[1, column] + o1] * tab[geo[2, column] + o2]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def merge_rows(tag, x, rows, found, size, b0, b1, b2, v):
     """Merges input rows vertically; returns the merged row, which is the input itself where there is only one."""
     r0 = widen(x[rows[0] * size : rows[0] * size + size], b0)
@@ -236,13 +236,13 @@ def merge_rows(tag, x, rows, found, size, b0, b1, b2, v):
     return v
 
 
-@njit(**JIT)
+@njit(**INNER)
 def divide(out, counts, scale):
     for i in range(out.size):
         out[i] = out[i] / (counts[i] * scale)
 
 
-@njit(**JIT)
+@njit(**INNER)
 def count_row(geo, tab, column, inner, counts):
     """The last axis's count of each element of an output row, at least 1."""
     for o in range(geo[3, OUT]):
@@ -300,7 +300,7 @@ def values_parallel(threads, units, tag, x, y, geo, tab, inner, column, divisor)
 # The adjoint of a linear accumulation -------------------------------------------------------------------
 
 
-@njit(**JIT)
+@njit(**INNER)
 def add_scaled(out, g, counts, scale, plain):
     if plain:
         for i in range(out.size):
@@ -310,7 +310,7 @@ def add_scaled(out, g, counts, scale, plain):
             out[i] += g[i] / (counts[i] * scale)
 
 
-@njit(**JIT)
+@njit(**INNER)
 def spread_tap(out, g, stride):
     if stride == 1:
         for i in range(g.size):
@@ -323,7 +323,7 @@ def spread_tap(out, g, stride):
             out[stride * i] += g[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def spread_whole(out, g, stride):
     """Disjoint windows that touch each other: each value goes to `stride` neighbours."""
     if stride == 2:
@@ -336,7 +336,7 @@ def spread_whole(out, g, stride):
                 out[stride * i + j] = g[i]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def spread(g, out, geo, tab, inner):
     """The adjoint of `slide` for sums: g (OUT * inner) -> out (SIZE * inner)."""
     kernel, stride, dilation = geo[3, KERNEL], geo[3, STRIDE], geo[3, DILATION]
