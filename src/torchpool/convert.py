@@ -1,8 +1,8 @@
 """Model surgery: torch's pooling layers become torchpool's, with a report, and back again.
 
 A layer keeps its identity: only its class changes (torch does the same when it parametrizes or when
-a lazy Module takes shape). So hooks, the training
-flag, buffers, and every reference to the layer, wherever a model keeps one, stay as they are.
+a lazy Module takes shape). So hooks, the training flag, buffers, and every reference to the layer,
+wherever a model keeps one, stay as they are.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ class Report:
     """Paths of Modules whose source is not at hand: functional calls in it go unnoticed."""
 
     def undo(self) -> nn.Module:
-        """Gives every swapped layer its class back, unless that changed since; returns the
-        model."""
+        """Gives swapped layers their class back, unless that changed since; returns the model."""
         for swap in self.swapped:
             if type(swap.module) is swap.after:
                 swap.module.__class__ = swap.before  # type: ignore[assignment]
@@ -241,8 +240,8 @@ def _find_calls(modules: list[tuple[str, nn.Module]]) -> tuple[list[FunctionalCa
 
 
 class _Reader:
-    """Reads the source of a Module's forward, and of what it calls outside of torch, for names that
-    are pooling functions."""
+    """Looks for pooling functions in a Module's forward, and in what that calls outside of
+    torch."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -251,8 +250,7 @@ class _Reader:
         self._seen: set[Any] = set()
 
     def read(self, value: Any) -> None:
-        """Follows a function or method that is not torch's or ours; anything else has no code to
-        look at."""
+        """Follows a function or method that is not torch's or ours; other values have no code."""
         function = _plain_function(value)
         if function is None or function in self._seen:
             return
@@ -288,8 +286,7 @@ class _Reader:
             self.read(value)
 
     def _scope(self, function: FunctionType, tree: ast.AST) -> dict[str, Any]:
-        """Names that the function's code can mean: globals, closure, its own imports, and the
-        Module as its first argument."""
+        """What names mean in the function: globals, closure, its imports, the Module as self."""
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         scope = {
             **function.__globals__,
@@ -318,8 +315,7 @@ def _is_torch(name: Any) -> bool:
 
 
 def _knows_torch(function: FunctionType) -> bool:
-    """Whether torch's names are in reach of a function; others (numpy's, say) cannot call its
-    pooling."""
+    """Whether torch's names are in reach of a function; numpy's, say, cannot call its pooling."""
     return any(
         _is_torch(getattr(value, "__name__" if inspect.ismodule(value) else "__module__", ""))
         for value in function.__globals__.values()

@@ -28,8 +28,11 @@ def max_unpool1d(
     padding: Size = 0,
     output_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """As `torch.nn.functional.max_unpool1d`; see `max_unpool2d`. Shape: (N, C, O) -> (N, C, L), or
-    without N."""
+    """As `torch.nn.functional.max_unpool1d`; see `max_unpool2d`.
+
+    Shape:
+        (N, C, O) -> (N, C, L) or (C, O) -> (C, L)
+    """
     return _max_unpool(1, input, indices, kernel_size, stride, padding, output_size)
 
 
@@ -41,20 +44,18 @@ def max_unpool2d(
     padding: Size = 0,
     output_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """Puts pooled values back where `max_pool2d` found them, as `torch.nn.functional.max_unpool2d`;
-    the rest is zero.
+    """Puts pooled values back where `max_pool2d` found them; the rest is zero.
 
-    Where an index occurs more than once (windows overlap), the last of its values wins and only
-    that one gets the gradient.
+    As `torch.nn.functional.max_unpool2d`, but where an index occurs more than once (windows
+    overlap), the last of its values wins and only that one gets the gradient.
 
     Args:
         input: pooled values, any dtype.
-        indices: their flat positions in the output's plane, int64, as pooling with
-        `return_indices=True` gives them.
+        indices: their flat positions in the output's plane, int64, as `return_indices=True` gives.
         kernel_size: of the pooling, as are stride (by default the kernel) and padding; they give
-        the size of the output.
+            the size of the output.
         output_size: the size that was pooled, where several give the same pooled size: (H, W) or
-        (N, C, H, W).
+            (N, C, H, W).
     Shape:
         (N, C, OH, OW) -> (N, C, H, W) or (C, OH, OW) -> (C, H, W) with H = (OH - 1) stride - 2
         padding + kernel_size, or output_size
@@ -78,8 +79,11 @@ def max_unpool3d(
     padding: Size = 0,
     output_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """As `torch.nn.functional.max_unpool3d`; see `max_unpool2d`. Shape: (N, C, OD, OH, OW) -> (N,
-    C, D, H, W), or without N."""
+    """As `torch.nn.functional.max_unpool3d`; see `max_unpool2d`.
+
+    Shape:
+        (N, C, OD, OH, OW) -> (N, C, D, H, W) or (C, OD, OH, OW) -> (C, D, H, W)
+    """
     return _max_unpool(3, input, indices, kernel_size, stride, padding, output_size)
 
 
@@ -102,8 +106,7 @@ def _max_unpool(
 
 
 def _scatter_last(x: Tensor, indices: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Writes x (..., P) to the positions `indices` of zeros (..., *sizes); the last of equal
-    positions wins."""
+    """Writes x (..., P) to positions of zeros (..., *sizes); the last of equal positions wins."""
     lead, count = x.shape[:-1], x.shape[-1]
     space = math.prod(sizes)
     _check_range(indices, sizes, space)

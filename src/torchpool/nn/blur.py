@@ -26,19 +26,17 @@ _PAD_MODES = {
 
 
 class BlurPool(nn.Module):
-    """A binomial blur with a stride: downsampling that keeps what a shift by one element changes
-    small.
+    """A binomial blur with a stride: downsampling that changes little when the input is shifted.
 
-    The filter is a row of Pascal's triangle along each axis, over its sum: [1, 1] / 2, [1, 2, 1] /
-    4, [1, 3, 3, 1] / 8, ...
-    It is fixed, so that the Module has neither parameters nor entries in the state_dict.
+    The filter is a row of Pascal's triangle along each axis, over its sum: [1, 1] / 2,
+    [1, 2, 1] / 4, [1, 3, 3, 1] / 8, ... It is fixed, so that the Module has neither parameters nor
+    entries in the state_dict.
 
     Args:
         kernel: taps of the filter along each axis, 1 to 7; 1 only strides.
         stride: step between outputs.
         padding_mode: "reflect" (as the paper's reference), "replicate", "circular" or "zeros": what
-        (kernel - 1) // 2 elements before
-            and kernel // 2 after the input are.
+            the (kernel - 1) // 2 elements before and the kernel // 2 after the input are.
         dims: the pooled axes, 1 to 3; by default all after the first two.
     Shape:
         x (N, C, *S) -> (N, C, *O) with O = ceil(S / stride)
@@ -120,8 +118,7 @@ class BlurPool(nn.Module):
 class MaxBlurPool(nn.Module):
     """Anti-aliased max pooling: the maximum at every position, then a blur that takes the stride.
 
-    It stands in for `MaxPool(kernel, stride, padding)`, with outputs of the same size in the usual
-    cases.
+    It stands in for `MaxPool(kernel, stride, padding)`; its outputs usually have the same size.
 
     Args:
         kernel: of the maximum.

@@ -21,8 +21,7 @@ __all__ = ["Gated", "Mixed", "Pool"]
 Dims = Sequence[int] | int | None
 
 _SHARPNESS = 10.0
-"""Of the softplus that keeps parameters in their domain: from 2 above the bound on it is the
-identity."""
+"""Of the softplus that keeps parameters in their domain: 2 above the bound it is the identity."""
 
 
 def _constrain(raw: Tensor, bound: float) -> Tensor:
@@ -43,10 +42,8 @@ class Pool(nn.Module):
     """Any reduction over any windows, `torchpool.pool` as a Module.
 
     A reduction with `learnable=True` has its parameter trained: it starts at the given value and
-    stays greater than the
-    reduction's `domain` (by a softplus). A tensor as parameter becomes a buffer (a
-    `torch.nn.Parameter` stays one) and moves
-    with the Module.
+    stays greater than the reduction's `domain` (by a softplus). A tensor as parameter becomes a
+    buffer (a `torch.nn.Parameter` stays one) and moves with the Module.
 
     Args:
         reduction: what a window becomes, as `PowerMean(3.0, learnable=True)`.
@@ -75,6 +72,9 @@ class Pool(nn.Module):
         fill: float = 0.0,
     ) -> None:
         super().__init__()
+        _check_windows(windows)
+        if not isinstance(reduction, Reduction):
+            raise TypeError(f"reduction={reduction!r} must be an instance such as torchpool.Max()")
         self.reduction: Any = reduction
         self.windows = windows
         self.channels = channels
@@ -111,8 +111,10 @@ class Pool(nn.Module):
 
     @property
     def value(self) -> Any:
-        """The reduction's parameter as it is now: a tensor where it is learned or was given as one,
-        else a float or None."""
+        """The reduction's parameter as it is now.
+
+        A tensor where it is learned or was given as one, else a float or None.
+        """
         if self._tensor_name is None:
             return self.reduction.value
         held: Tensor = getattr(self, self._tensor_name)
@@ -153,11 +155,19 @@ def _start(reduction: Any, channels: int | None) -> Tensor:
     return start.reshape(-1).expand(channels).clone()
 
 
+def _check_windows(windows: Any) -> None:
+    if not isinstance(windows, Windows):
+        raise TypeError(
+            f"windows={windows!r} must be windows such as torchpool.Window(3, stride=2)"
+        )
+
+
 class _MaxMean(nn.Module):
     """share * max + (1 - share) * mean. A subclass says what the share is."""
 
     def __init__(self, windows: Windows, dims: Dims) -> None:
         super().__init__()
+        _check_windows(windows)
         self.windows = windows
         self.dims = dims
 
@@ -222,8 +232,7 @@ class Mixed(_MaxMean):
 
     @property
     def mix(self) -> Any:
-        """The share of the maximum as it is now: a tensor of one value, or one per channel, where
-        it is learned, else a float."""
+        """The share of the maximum as it is now: a tensor where it is learned, else a float."""
         return torch.sigmoid(self.raw_mix) if self.learnable else self.start
 
     def _share(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -247,17 +256,15 @@ class Mixed(_MaxMean):
 
 
 class Gated(_MaxMean):
-    """A mixture of maximum and mean in which each window chooses its share: g * max + (1 - g) *
-    mean with g = sigmoid(w . window).
+    """A mixture of maximum and mean in which each window chooses its share.
 
-    The gating mask w is learned and starts at 0, where every share is one half. Padding and masked
-    elements count as zeros in w . window.
+    g * max + (1 - g) * mean with g = sigmoid(w . window). The gating mask w is learned and starts
+    at 0, where every share is one half. Padding and masked elements count as zeros in w . window.
 
     Args:
         windows: a `Window`; w has its kernel's shape.
         channels: one w per channel, for this many channels; by default one for the layer.
-        num_axes: number of pooled axes, 1 to 3, where neither the windows nor dims tell; by default
-        2.
+        num_axes: number of pooled axes, 1 to 3; by default what windows or dims tell, else 2.
         dims: the pooled axes; by default all after the first two.
     Shape:
         x (N, C, *S) -> (N, C, *O) with O = windows.out_size(S); mask and weights as in
