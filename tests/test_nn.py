@@ -169,6 +169,32 @@ def test_twenty_layers_unbatched_copied_and_pickled(name, arguments, options):
             torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "options"), [layer for layer in LAYERS if layer[0][-2] == "2"]
+)
+def test_twenty_layers_can_be_traced(name, arguments, options):
+    ours, theirs = pair(name, arguments, options)
+    given, call = inputs(name, theirs)
+    traced = torch.fx.symbolic_trace(ours)
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert targets == [ours._pool]
+    for got, wanted in zip(
+        as_tuple(traced(*given, *call.values())), as_tuple(ours(*given, **call)), strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
+class Marked(torch.Tensor):
+    """A subclass of Tensor; its results are of its kind."""
+
+
+def test_subclasses_of_tensor_keep_their_kind():
+    x = torch.randn(1, 2, 6, 6)
+    y = tp.nn.MaxPool2d(2)(x.as_subclass(Marked))
+    assert type(y) is Marked
+    assert torch.equal(y.as_subclass(torch.Tensor), F.max_pool2d(x, 2))
+
+
 def test_fractional_draws_the_samples_torch_would():
     x = torch.randn(2, 3, 9, 9)
     ours, theirs = pair("FractionalMaxPool2d", (2,), {"output_size": 5})

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchpool import functional
 
@@ -47,6 +48,12 @@ class TorchLayer:
     _pool: ClassVar[Callable[..., Any]]
     """The function of `torchpool.functional` that computes the layer."""
 
+    def _run(self, input: Tensor, *arguments: Any, **options: Any) -> Any:
+        """Calls the function; a tracer's Proxy or a subclass of Tensor may answer for it."""
+        if has_torch_function_unary(input):
+            return handle_torch_function(self._pool, (input,), input, *arguments, **options)
+        return self._pool(input, *arguments, **options)
+
 
 class _MaxPool(TorchLayer):
     kernel_size: Any
@@ -57,7 +64,7 @@ class _MaxPool(TorchLayer):
     return_indices: bool
 
     def forward(self, input: Tensor) -> Any:
-        return self._pool(
+        return self._run(
             input,
             self.kernel_size,
             self.stride,
@@ -117,7 +124,7 @@ class _AvgPool1d(TorchLayer):
     count_include_pad: bool
 
     def forward(self, input: Tensor) -> Any:
-        return self._pool(
+        return self._run(
             input,
             self.kernel_size,
             self.stride,
@@ -131,7 +138,7 @@ class _AvgPool(_AvgPool1d):
     divisor_override: int | None
 
     def forward(self, input: Tensor) -> Any:
-        return self._pool(
+        return self._run(
             input,
             self.kernel_size,
             self.stride,
@@ -183,7 +190,7 @@ class _LPPool(TorchLayer):
     ceil_mode: bool
 
     def forward(self, input: Tensor) -> Any:
-        return self._pool(
+        return self._run(
             input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode
         )
 
@@ -228,7 +235,7 @@ class _MaxUnpool(TorchLayer):
     def forward(
         self, input: Tensor, indices: Tensor, output_size: Sequence[int] | None = None
     ) -> Any:
-        return self._pool(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+        return self._run(input, indices, self.kernel_size, self.stride, self.padding, output_size)
 
 
 class MaxUnpool1d(_MaxUnpool, torch.nn.MaxUnpool1d):
@@ -277,7 +284,7 @@ class _FractionalMaxPool(TorchLayer):
     _random_samples: Any
 
     def forward(self, input: Tensor) -> Any:
-        return self._pool(
+        return self._run(
             input,
             self.kernel_size,
             self.output_size,
@@ -320,7 +327,7 @@ class _AdaptiveMaxPool(TorchLayer):
     return_indices: bool
 
     def forward(self, input: Tensor) -> Any:
-        return self._pool(input, self.output_size, self.return_indices)
+        return self._run(input, self.output_size, self.return_indices)
 
 
 class AdaptiveMaxPool1d(_AdaptiveMaxPool, torch.nn.AdaptiveMaxPool1d):
@@ -367,7 +374,7 @@ class _AdaptiveAvgPool(TorchLayer):
     output_size: Any
 
     def forward(self, input: Tensor) -> Any:
-        return self._pool(input, self.output_size)
+        return self._run(input, self.output_size)
 
 
 class AdaptiveAvgPool1d(_AdaptiveAvgPool, torch.nn.AdaptiveAvgPool1d):
