@@ -12,7 +12,8 @@ test: $(STAMP)           ## every check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/test_structure.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules src tests --ignore tests/test_structure.py
 
 bench: $(STAMP)          ## side by side with other libraries
 	$(BIN)/python benchmarks/quick.py

@@ -20,7 +20,15 @@ class Geometry(NamedTuple):
     taps: list[oracle.Taps]
 
 
-def _w(name: str, shape: tuple[int, ...], kernel: object, stride: object, padding: object = 0, dilation: object = 1, ceil: bool = False) -> Geometry:
+def _w(
+    name: str,
+    shape: tuple[int, ...],
+    kernel: object,
+    stride: object,
+    padding: object = 0,
+    dilation: object = 1,
+    ceil: bool = False,
+) -> Geometry:
     d = len(shape) - 2
 
     def each(value: object) -> list:  # type: ignore[type-arg]
@@ -92,7 +100,8 @@ TOLERANCE = {
     torch.float16: {"rtol": 2e-3, "atol": 2e-3},
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 1.6e-2},
 }
-"""How far a result of each dtype may lie from float64 arithmetic on the same input. Half types: two roundings of the result."""
+"""How far a result of each dtype may lie from float64 arithmetic on the same input. Half types: two
+roundings of the result."""
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -100,14 +109,19 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "channels_last":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "strided":
-        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan") if x.is_floating_point() else 0, dtype=x.dtype)
+        wide = torch.full(
+            (*x.shape[:-1], 2 * x.shape[-1] + 1),
+            float("nan") if x.is_floating_point() else 0,
+            dtype=x.dtype,
+        )
         wide[..., 1::2] = x
         return wide[..., 1::2]
     return x.contiguous()
 
 
 def numbers(shape: tuple[int, ...], seed: int = 0, kind: str = "normal") -> Tensor:
-    """Float64 inputs: "normal", "ties" (small integers), "special" (with NaN, infinities and both zeros), "positive"."""
+    """Float64 inputs: "normal", "ties" (small integers), "special" (with NaN, infinities and both
+    zeros), "positive"."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     if kind == "ties":
@@ -115,7 +129,9 @@ def numbers(shape: tuple[int, ...], seed: int = 0, kind: str = "normal") -> Tens
     if kind == "positive":
         return x.abs() + 0.05
     if kind == "special":
-        special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0], dtype=torch.float64)
+        special = torch.tensor(
+            [float("nan"), float("inf"), -float("inf"), 0.0, -0.0], dtype=torch.float64
+        )
         pick = torch.randint(0, 40, shape, generator=generator)
         x = torch.where(pick < 5, special[pick.clamp(max=4)], x)
         x.reshape(-1)[: x.numel() // 3] = -float("inf")

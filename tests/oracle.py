@@ -11,7 +11,9 @@ import numpy as np
 Taps = list[list[int]]
 
 
-def regular(size: int, kernel: int, stride: int, before: int, after: int, dilation: int, ceil: bool) -> Taps:
+def regular(
+    size: int, kernel: int, stride: int, before: int, after: int, dilation: int, ceil: bool
+) -> Taps:
     """Positions of every window of one axis; those outside [0, size) are padding."""
     reach = dilation * (kernel - 1) + 1
     windows = []
@@ -97,7 +99,8 @@ def pool(
         axes: the windows along each pooled axis.
         name: "Max", "Min" or a key of FORMULAS.
         p: the parameter, or one per channel.
-        better: when a later candidate beats the best so far; by default the ordering of Max and Min.
+        better: when a later candidate beats the best so far; by default the ordering of Max and
+            Min.
     """
     outs = [len(taps) for taps in axes]
     values = np.empty((*x.shape[:2], *outs))
@@ -113,7 +116,9 @@ def pool(
                     weighted = weights is None or weights[(n, c, *position)] != 0
                     if allowed and weighted:
                         inside.append(position)
-            values[(n, c, *o)], indices[(n, c, *o)] = _window(x[n, c], inside, name, exponent, weights, (n, c), fill, better)
+            values[(n, c, *o)], indices[(n, c, *o)] = _window(
+                x[n, c], inside, name, exponent, weights, (n, c), fill, better
+            )
     return values, indices
 
 
@@ -130,7 +135,11 @@ def _window(x, inside, name, p, weights, plane, fill, better):  # type: ignore[n
                 best = position
         return x[best], int(np.ravel_multi_index(best, x.shape))
     numbers = np.array([x[position] for position in inside], dtype=np.float64)
-    w = np.ones(len(inside)) if weights is None else np.array([weights[(*plane, *q)] for q in inside], dtype=np.float64)
+    w = (
+        np.ones(len(inside))
+        if weights is None
+        else np.array([weights[(*plane, *q)] for q in inside], dtype=np.float64)
+    )
     if name in ("Var", "Std") and w.sum() <= p:
         return fill, -1
     with np.errstate(all="ignore"):

@@ -1,4 +1,5 @@
-"""torchpool among torch's own: compile, export, functional transforms, autocast, threads, forks, memory."""
+"""torchpool among torch's own: compile, export, functional transforms, autocast, threads, forks,
+memory."""
 
 from __future__ import annotations
 
@@ -18,8 +19,21 @@ from torch import nn
 import torchpool as tp
 from torchpool import ops
 
-REDUCTIONS = [tp.Max(), tp.Min(), tp.Mean(), tp.SoftmaxMean(2.0), tp.Lp(3.0), tp.LogMeanExp(1.5), tp.Std()]
-WINDOWS = [tp.Window(3, 2, 1), tp.Window(2, 1, padding=((1, 0), (2, 2))), tp.Adaptive((3, 2)), tp.Global()]
+REDUCTIONS = [
+    tp.Max(),
+    tp.Min(),
+    tp.Mean(),
+    tp.SoftmaxMean(2.0),
+    tp.Lp(3.0),
+    tp.LogMeanExp(1.5),
+    tp.Std(),
+]
+WINDOWS = [
+    tp.Window(3, 2, 1),
+    tp.Window(2, 1, padding=((1, 0), (2, 2))),
+    tp.Adaptive((3, 2)),
+    tp.Global(),
+]
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
@@ -32,7 +46,10 @@ def test_compiled_equals_eager(reduction, dynamic):
 
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for size in ((2, 3, 9, 11), (2, 3, 12, 14)):
-        a, b = (torch.linspace(-2, 3, int(np.prod(size))).reshape(size).requires_grad_() for _ in range(2))
+        a, b = (
+            torch.linspace(-2, 3, int(np.prod(size))).reshape(size).requires_grad_()
+            for _ in range(2)
+        )
         torch.testing.assert_close(compiled(a), run(b))
         (ga,), (gb,) = torch.autograd.grad(compiled(a), a), torch.autograd.grad(run(b), b)
         torch.testing.assert_close(ga, gb)
@@ -40,7 +57,11 @@ def test_compiled_equals_eager(reduction, dynamic):
 
 def test_compiled_with_inductor():
     torch._dynamo.reset()
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), tp.nn.MaxPool2d(2), tp.nn.Pool(tp.PowerMean(3.0, learnable=True), tp.Adaptive(1)))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        tp.nn.MaxPool2d(2),
+        tp.nn.Pool(tp.PowerMean(3.0, learnable=True), tp.Adaptive(1)),
+    )
     x = torch.randn(2, 3, 12, 12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -65,7 +86,19 @@ def test_operators_pass_opcheck(layout):
         y, stats = own.accumulate(x, None, None, p, None, spec, axes, True)
         grad = torch.randn_like(y).requires_grad_()
         channels_last = layout == torch.channels_last
-        arguments = (grad, x, None, None, p, None, stats.detach(), spec, axes, channels_last, [True, False, p is not None])
+        arguments = (
+            grad,
+            x,
+            None,
+            None,
+            p,
+            None,
+            stats.detach(),
+            spec,
+            axes,
+            channels_last,
+            [True, False, p is not None],
+        )
         torch.library.opcheck(own.accumulate_backward.default, arguments)
 
 
@@ -77,14 +110,21 @@ def test_functional_transforms(reduction):
     def loss(t):
         return run(t).square().sum()
 
-    x, v = torch.randn(4, 2, 3, 7, 8, dtype=torch.float64), torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    x, v = (
+        torch.randn(4, 2, 3, 7, 8, dtype=torch.float64),
+        torch.randn(2, 3, 7, 8, dtype=torch.float64),
+    )
     assert torch.equal(torch.vmap(run)(x), torch.stack([run(t) for t in x]))
-    assert torch.equal(torch.vmap(run, in_dims=2)(x.movedim(0, 2)), torch.stack([run(t) for t in x]))
+    assert torch.equal(
+        torch.vmap(run, in_dims=2)(x.movedim(0, 2)), torch.stack([run(t) for t in x])
+    )
     each = torch.stack([torch.func.grad(loss)(t) for t in x])
     torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(x), each)
     _, tangent = torch.func.jvp(run, (x[0],), (v,))
     step = 1e-6
-    torch.testing.assert_close(tangent, (run(x[0] + step * v) - run(x[0] - step * v)) / (2 * step), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        tangent, (run(x[0] + step * v) - run(x[0] - step * v)) / (2 * step), rtol=1e-5, atol=1e-6
+    )
     leaf = x[0].clone().requires_grad_()
     torch.testing.assert_close(torch.autograd.grad(loss(leaf), leaf)[0], each[0])
 
@@ -132,12 +172,19 @@ def test_exported_graphs_are_ordinary_and_run_elsewhere(name, dynamic):
     import onnxruntime
 
     function = EXPORTED[name]
-    free = {i: torch.export.Dim(s, min=low, max=400) for i, s, low in ((0, "n", 1), (2, "h", 8), (3, "w", 8))}
+    free = {
+        i: torch.export.Dim(s, min=low, max=400)
+        for i, s, low in ((0, "n", 1), (2, "h", 8), (3, "w", 8))
+    }
     shapes = {"x": free} if dynamic else None
     sizes = [(2, 3, 13, 11), *([(1, 3, 17, 14), (4, 3, 8, 30)] if dynamic else [])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(_Wrapped(function), (torch.randn(sizes[0]),), dynamic_shapes={"x": free} if dynamic else None)
+        program = torch.export.export(
+            _Wrapped(function),
+            (torch.randn(sizes[0]),),
+            dynamic_shapes={"x": free} if dynamic else None,
+        )
         targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
         assert not any("torchpool" in target for target in targets)
         onnx = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=shapes)
@@ -195,7 +242,10 @@ def test_several_python_threads():
 
     def work():
         for _ in range(20):
-            if not (torch.equal(tp.max_pool2d(x, 3, 2, 1), want[0]) and torch.equal(tp.avg_pool2d(x, 2), want[1])):
+            if not (
+                torch.equal(tp.max_pool2d(x, 3, 2, 1), want[0])
+                and torch.equal(tp.avg_pool2d(x, 2), want[1])
+            ):
                 failures.append("differs")
 
     workers = [threading.Thread(target=work) for _ in range(4)]

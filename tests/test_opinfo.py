@@ -12,7 +12,9 @@ import torchpool as tp
 OPERATORS = [
     op
     for op in op_db
-    if "pool" in op.name and hasattr(tp, op.name.split(".")[-1]) and op.name != "max_pool2d_with_indices_backward"
+    if "pool" in op.name
+    and hasattr(tp, op.name.split(".")[-1])
+    and op.name != "max_pool2d_with_indices_backward"
 ]
 SEED = 42  # what the database seeds its random operators with
 
@@ -41,40 +43,55 @@ def _run(function, x, sample, grad):  # type: ignore[no-untyped-def]
 
 
 def _accurate(function, x, sample):  # type: ignore[no-untyped-def]
-    """Torch's gradient in float32, rounded once: in half types torch's own kernels round every addition."""
+    """Torch's gradient in float32, rounded once: in half types torch's own kernels round every
+    addition."""
     _, gradient = _run(function, x.float(), sample, True)
     return gradient.to(x.dtype)
 
 
-@pytest.mark.parametrize("op", OPERATORS, ids=lambda op: f"{op.name.split('.')[-1]}{op.variant_test_name and '-' + op.variant_test_name}")
+@pytest.mark.parametrize(
+    "op",
+    OPERATORS,
+    ids=lambda op: f"{op.name.split('.')[-1]}{op.variant_test_name and '-' + op.variant_test_name}",
+)
 def test_samples(op):
     ours, theirs = getattr(tp, op.name.split(".")[-1]), op.op
     unpool = "unpool" in op.name
     seen = 0
     for dtype in sorted(op.supported_dtypes("cpu"), key=str):
-        grad = dtype.is_floating_point and dtype in op.supported_backward_dtypes("cpu") and not unpool
+        grad = (
+            dtype.is_floating_point and dtype in op.supported_backward_dtypes("cpu") and not unpool
+        )
         for sample in op.sample_inputs("cpu", dtype):
             for x in _formats(sample.input):
-                try:
-                    want, gradient = _run(theirs, x, sample, grad)
-                except RuntimeError as error:  # torch refuses an unbatched volume in channels_last
-                    assert "memory format" in str(error)
-                    continue
+                if op.name.endswith("max_pool3d") and x.ndim == 4 and not x.is_contiguous():
+                    continue  # torch refuses an unbatched volume whose strides read as channels_last
+                want, gradient = _run(theirs, x, sample, grad)
                 got, found = _run(ours, x, sample, grad)
                 assert len(got) == len(want)
                 for a, b in zip(got, want, strict=True):
                     assert (a.dtype, a.shape) == (b.dtype, b.shape)
-                    tight = {"rtol": 0, "atol": 0} if "max" in op.name or not dtype.is_floating_point else TOLERANCE[dtype]
+                    tight = (
+                        {"rtol": 0, "atol": 0}
+                        if "max" in op.name or not dtype.is_floating_point
+                        else TOLERANCE[dtype]
+                    )
                     torch.testing.assert_close(a, b, equal_nan=True, **tight)
                 if grad:
-                    if dtype in (torch.float16, torch.bfloat16) and "fractional" not in op.name:
-                        gradient = _accurate(theirs, x, sample)
-                    torch.testing.assert_close(found, gradient, equal_nan=True, **TOLERANCE[dtype])
+                    tolerance = TOLERANCE[dtype]
+                    if dtype in (torch.float16, torch.bfloat16):
+                        if "fractional" in op.name:  # in float32 it would draw other windows
+                            tolerance = {name: 4 * bound for name, bound in tolerance.items()}
+                        else:
+                            gradient = _accurate(theirs, x, sample)
+                    torch.testing.assert_close(found, gradient, equal_nan=True, **tolerance)
                 seen += 1
     assert seen
 
 
-@pytest.mark.parametrize("op", [op for op in OPERATORS if op.error_inputs_func], ids=lambda op: op.name.split(".")[-1])
+@pytest.mark.parametrize(
+    "op", [op for op in OPERATORS if op.error_inputs_func], ids=lambda op: op.name.split(".")[-1]
+)
 def test_error_inputs_raise(op):
     ours = getattr(tp, op.name.split(".")[-1])
     for error in op.error_inputs("cpu"):

@@ -9,7 +9,16 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import ACCUMULATIONS, GEOMETRIES, LAYOUTS, SELECTIONS, TOLERANCE, Geometry, laid_out, numbers
+from cases import (
+    ACCUMULATIONS,
+    GEOMETRIES,
+    LAYOUTS,
+    SELECTIONS,
+    TOLERANCE,
+    Geometry,
+    laid_out,
+    numbers,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,11 +40,14 @@ def expected(x, geometry, reduction, **options):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_selection(backend, geometry, reduction, kind, layout):
     x = numbers(geometry.shape, 1, kind)
-    want, where = expected(x, geometry, reduction)
+    _, where = expected(x, geometry, reduction)
     for dtype in (torch.float32, torch.float64):
         given_x = laid_out(x.to(dtype), layout)
         y, i = tp.pool(given_x, reduction, geometry.windows, return_indices=True)
-        assert torch.equal(torch.nan_to_num(y, nan=7.5), torch.nan_to_num(expected(given_x, geometry, reduction)[0].to(dtype), nan=7.5))
+        assert torch.equal(
+            torch.nan_to_num(y, nan=7.5),
+            torch.nan_to_num(expected(given_x, geometry, reduction)[0].to(dtype), nan=7.5),
+        )
         assert torch.equal(i, where)
         values = tp.pool(given_x, reduction, geometry.windows)
         assert torch.equal(torch.nan_to_num(values, nan=7.5), torch.nan_to_num(y, nan=7.5))
@@ -47,10 +59,16 @@ def test_selection(backend, geometry, reduction, kind, layout):
 @pytest.mark.parametrize("reduction", ACCUMULATIONS, **names)
 def test_accumulation(backend, geometry, reduction):
     x = numbers(geometry.shape, 2)
-    for dtype, layout in ((torch.float64, "contiguous"), (torch.float32, "channels_last"), (torch.float64, "strided")):
+    for dtype, layout in (
+        (torch.float64, "contiguous"),
+        (torch.float32, "channels_last"),
+        (torch.float64, "strided"),
+    ):
         given_x = laid_out(x.to(dtype), layout)
         y = tp.pool(given_x, reduction, geometry.windows)
-        torch.testing.assert_close(y.double(), expected(given_x, geometry, reduction)[0], **TOLERANCE[dtype])
+        torch.testing.assert_close(
+            y.double(), expected(given_x, geometry, reduction)[0], **TOLERANCE[dtype]
+        )
         assert y.dtype == dtype
 
 
@@ -63,16 +81,24 @@ def test_masks_and_weights_hide_what_they_exclude(backend, geometry, reduction):
     weights = numbers(geometry.shape, 5, "positive") * (numbers(geometry.shape, 6) > -1)
     hidden = torch.where(mask, x, math.nan)
     y = tp.pool(hidden, reduction, geometry.windows, mask=mask)
-    torch.testing.assert_close(y, expected(x, geometry, reduction, mask=mask.numpy())[0], **TOLERANCE[x.dtype])
+    torch.testing.assert_close(
+        y, expected(x, geometry, reduction, mask=mask.numpy())[0], **TOLERANCE[x.dtype]
+    )
     y = tp.pool(hidden, reduction, geometry.windows, mask=mask, fill=-3.0)
-    torch.testing.assert_close(y, expected(x, geometry, reduction, mask=mask.numpy(), fill=-3.0)[0], **TOLERANCE[x.dtype])
+    torch.testing.assert_close(
+        y, expected(x, geometry, reduction, mask=mask.numpy(), fill=-3.0)[0], **TOLERANCE[x.dtype]
+    )
     hidden = torch.where(weights != 0, x, math.nan)
     y = tp.pool(hidden, reduction, geometry.windows, weights=weights)
-    torch.testing.assert_close(y, expected(x, geometry, reduction, weights=weights.numpy())[0], **TOLERANCE[x.dtype])
+    torch.testing.assert_close(
+        y, expected(x, geometry, reduction, weights=weights.numpy())[0], **TOLERANCE[x.dtype]
+    )
 
 
 @pytest.mark.parametrize("reduction", [*SELECTIONS, *ACCUMULATIONS], **names)
-@pytest.mark.parametrize("name", ["3x3/2 p1", "dilated", "one-sided padding", "adaptive", "1-D", "3-D"])
+@pytest.mark.parametrize(
+    "name", ["3x3/2 p1", "dilated", "one-sided padding", "adaptive", "1-D", "3-D"]
+)
 def test_gradients(backend, name, reduction):
     geometry = next(g for g in GEOMETRIES if g.name == name)
     kind = "positive" if isinstance(reduction, tp.PowerMean) else "normal"
@@ -94,20 +120,30 @@ def test_second_derivatives_and_weights(backend, reduction):
     window = tp.Window((2, 3), 2, padding=((1, 0), 1))
     assert torch.autograd.gradgradcheck(lambda t: tp.pool(t, reduction, window), x)
     if isinstance(reduction, tp.Accumulation):
-        assert torch.autograd.gradcheck(lambda t, w: tp.pool(t, reduction, window, weights=w), (x, weights))
-        assert torch.autograd.gradgradcheck(lambda t, w: tp.pool(t, reduction, window, weights=w), (x, weights))
+        assert torch.autograd.gradcheck(
+            lambda t, w: tp.pool(t, reduction, window, weights=w), (x, weights)
+        )
+        assert torch.autograd.gradgradcheck(
+            lambda t, w: tp.pool(t, reduction, window, weights=w), (x, weights)
+        )
 
 
-@pytest.mark.parametrize("reduction", [r for r in ACCUMULATIONS if r.parameter in ("p", "beta")], **names)
+@pytest.mark.parametrize(
+    "reduction", [r for r in ACCUMULATIONS if r.parameter in ("p", "beta")], **names
+)
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_parameters_get_gradients(backend, reduction, per_channel):
     x = numbers((2, 3, 4, 5), 11, "positive").requires_grad_()
-    p = torch.tensor([0.7, 1.9, 2.4] if per_channel else 1.3, dtype=torch.float64, requires_grad=True)
+    p = torch.tensor(
+        [0.7, 1.9, 2.4] if per_channel else 1.3, dtype=torch.float64, requires_grad=True
+    )
     taps = [oracle.regular(4, 3, 2, 1, 1, 1, False), oracle.regular(5, 3, 2, 1, 1, 1, False)]
     window = tp.Window(3, 2, 1)
     geometry = Geometry("", (2, 3, 4, 5), window, taps)
     y = tp.pool(x, reduction.replace(p), window)
-    torch.testing.assert_close(y.detach(), expected(x.detach(), geometry, reduction.replace(p))[0], **TOLERANCE[x.dtype])
+    torch.testing.assert_close(
+        y.detach(), expected(x.detach(), geometry, reduction.replace(p))[0], **TOLERANCE[x.dtype]
+    )
     assert torch.autograd.gradcheck(lambda t, q: tp.pool(t, reduction.replace(q), window), (x, p))
 
 
@@ -122,7 +158,15 @@ def test_half_types_are_computed_in_float32(backend, reduction, dtype, layout):
     torch.testing.assert_close(y.double(), expected(x, geometry, reduction)[0], **TOLERANCE[dtype])
 
 
-INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32]
+INTEGERS = [
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
@@ -146,7 +190,9 @@ def test_whole_numbers(backend, dtype, layout):
     assert torch.equal(y, expected(wide, geometry, tp.Sum())[0].long())
     mean = expected(wide, geometry, tp.Mean())[0]
     if dtype == torch.bool:
-        torch.testing.assert_close(tp.pool(x, tp.Mean(), geometry.windows).double(), mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            tp.pool(x, tp.Mean(), geometry.windows).double(), mean, rtol=1e-6, atol=1e-6
+        )
     else:
         assert torch.equal(tp.pool(x, tp.Mean(), geometry.windows).to(torch.float64), mean.trunc())
 
@@ -200,27 +246,43 @@ def test_sums_do_not_cancel(backend):
     x[0, 0, 10] = 1e12
     y = tp.pool(x, tp.Sum(), tp.Window(3, 1))
     assert torch.equal(y[0, 0, 11:], torch.full((51,), 3.0))
-    assert torch.equal(tp.pool(torch.ones(1, 1, 64, 64, dtype=torch.float16), tp.Mean(), tp.Global()), torch.ones(1, 1, 1, 1, dtype=torch.float16))
+    assert torch.equal(
+        tp.pool(torch.ones(1, 1, 64, 64, dtype=torch.float16), tp.Mean(), tp.Global()),
+        torch.ones(1, 1, 1, 1, dtype=torch.float16),
+    )
 
 
 def test_any_axes_are_pooled_where_they_are(backend):
     tokens = numbers((2, 7, 5), 15)
-    assert torch.equal(tp.pool(tokens, tp.Max(), tp.Window(3, 2), dims=(1,)), tp.pool(tokens.transpose(1, 2), tp.Max(), tp.Window(3, 2)).transpose(1, 2))
+    assert torch.equal(
+        tp.pool(tokens, tp.Max(), tp.Window(3, 2), dims=(1,)),
+        tp.pool(tokens.transpose(1, 2), tp.Max(), tp.Window(3, 2)).transpose(1, 2),
+    )
     images = numbers((2, 6, 8, 3), 16)
     got = tp.pool(images, tp.Mean(), tp.Adaptive((2, 3)), dims=(1, 2))
-    torch.testing.assert_close(got, tp.pool(images.permute(0, 3, 1, 2), tp.Mean(), tp.Adaptive((2, 3))).permute(0, 2, 3, 1))
+    torch.testing.assert_close(
+        got, tp.pool(images.permute(0, 3, 1, 2), tp.Mean(), tp.Adaptive((2, 3))).permute(0, 2, 3, 1)
+    )
     swapped = tp.pool(images, tp.Max(), tp.Window((2, 4)), dims=(2, 1))
-    assert torch.equal(swapped, tp.pool(images.permute(0, 3, 2, 1), tp.Max(), tp.Window((2, 4))).permute(0, 3, 2, 1))
+    assert torch.equal(
+        swapped,
+        tp.pool(images.permute(0, 3, 2, 1), tp.Max(), tp.Window((2, 4))).permute(0, 3, 2, 1),
+    )
     line = numbers((9,), 17)
     assert tp.pool(line, tp.Max(), tp.Global(), dims=0).item() == line.max()
     unbatched = numbers((3, 6, 6), 18)
-    assert torch.equal(tp.pool(unbatched, tp.Max(), tp.Window((2, 2))), tp.pool(unbatched[None], tp.Max(), tp.Window(2))[0])
+    assert torch.equal(
+        tp.pool(unbatched, tp.Max(), tp.Window((2, 2))),
+        tp.pool(unbatched[None], tp.Max(), tp.Window(2))[0],
+    )
     assert tp.pool(torch.zeros(0, 3, 4, 4), tp.Max(), tp.Window(2)).shape == (0, 3, 2, 2)
     assert tp.pool(torch.zeros(2, 0, 4, 4), tp.Mean(), tp.Window(2)).shape == (2, 0, 2, 2)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("reduction", [tp.Max(), tp.Mean(), tp.SoftmaxMean(2.0), tp.Lp(3.0)], **names)
+@pytest.mark.parametrize(
+    "reduction", [tp.Max(), tp.Mean(), tp.SoftmaxMean(2.0), tp.Lp(3.0)], **names
+)
 def test_same_bits_on_any_number_of_threads(reduction, threads):
     x = numbers((3, 16, 65, 67), 19).float().requires_grad_()
     before = torch.get_num_threads()
@@ -232,23 +294,25 @@ def test_same_bits_on_any_number_of_threads(reduction, threads):
             results.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for pair in results[1:] for a, b in zip(pair, results[0], strict=True))
+    assert all(
+        torch.equal(a, b) for pair in results[1:] for a, b in zip(pair, results[0], strict=True)
+    )
 
 
 @dataclass(frozen=True)
 class HarmonicMean(tp.Accumulation):
     """The example of docs/own-reduction.md."""
 
-    def lift(x, a, p):  # noqa: N805
+    def lift(x, a, p):
         return (1 / x,)
 
-    def lift_dx(x, a, p):  # noqa: N805
+    def lift_dx(x, a, p):
         return (-1 / (x * x),)
 
-    def finish(s, n, a, p):  # noqa: N805
+    def finish(s, n, a, p):
         return n / s[0]
 
-    def finish_grad(s, n, a, p):  # noqa: N805
+    def finish_grad(s, n, a, p):
         return (-n / (s[0] * s[0]),), 1 / s[0], 0.0
 
 
@@ -256,7 +320,7 @@ class HarmonicMean(tp.Accumulation):
 class Loudest(tp.Selection):
     """The element of largest magnitude."""
 
-    def key(x):  # noqa: N805
+    def key(x):
         return abs(x)
 
 
@@ -265,10 +329,17 @@ def test_own_reductions(backend):
     x = numbers(geometry.shape, 20, "positive").requires_grad_()
     oracle.FORMULAS["HarmonicMean"] = lambda v, w, p: float(w.sum() / (w / v).sum())
     y = tp.pool(x, HarmonicMean(), geometry.windows)
-    torch.testing.assert_close(y.detach(), expected(x.detach(), geometry, HarmonicMean())[0], **TOLERANCE[x.dtype])
+    torch.testing.assert_close(
+        y.detach(), expected(x.detach(), geometry, HarmonicMean())[0], **TOLERANCE[x.dtype]
+    )
     mask = numbers(geometry.shape, 21) > 0
-    assert torch.autograd.gradcheck(lambda t: tp.pool(t, HarmonicMean(), geometry.windows, mask=mask), x)
-    assert torch.autograd.gradgradcheck(lambda t: tp.pool(t, HarmonicMean(), tp.Window(2)), x[:1, :1, :4, :4].detach().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda t: tp.pool(t, HarmonicMean(), geometry.windows, mask=mask), x
+    )
+    assert torch.autograd.gradgradcheck(
+        lambda t: tp.pool(t, HarmonicMean(), tp.Window(2)),
+        x[:1, :1, :4, :4].detach().requires_grad_(),
+    )
     z = numbers(geometry.shape, 22)
     y, i = tp.pool(z, Loudest(), geometry.windows, return_indices=True)
     want, where = oracle.pool(z.numpy(), geometry.taps, "Max", better=lambda v, b: abs(v) > abs(b))
@@ -282,7 +353,11 @@ def problems(draw):
     axes, taps, sizes = [], [], []
     for _ in range(d):
         size = draw(st.integers(1, 12 if d < 3 else 6))
-        kernel, stride, dilation = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+        kernel, stride, dilation = (
+            draw(st.integers(1, 5)),
+            draw(st.integers(1, 4)),
+            draw(st.integers(1, 3)),
+        )
         before, after = draw(st.integers(0, 6)), draw(st.integers(0, 6))
         before = max(before, dilation * (kernel - 1) + 1 - size - after)
         sizes.append(size)
@@ -294,10 +369,18 @@ def problems(draw):
     shape = (draw(st.integers(1, 2)), draw(st.integers(1, 3)), *sizes)
     geometry = Geometry("", shape, window, [oracle.regular(*t, ceil) for t in taps])
     kind = draw(st.sampled_from(["normal", "ties", "special"]))
-    return geometry, draw(st.sampled_from(SELECTIONS + ACCUMULATIONS)), kind, draw(st.sampled_from(LAYOUTS)), draw(st.integers(0, 99))
+    return (
+        geometry,
+        draw(st.sampled_from(SELECTIONS + ACCUMULATIONS)),
+        kind,
+        draw(st.sampled_from(LAYOUTS)),
+        draw(st.integers(0, 99)),
+    )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(problems())
 def test_any_geometry(problem):
     geometry, reduction, kind, layout, seed = problem
@@ -327,7 +410,9 @@ def test_the_oracle_can_fail(broken, reduction):
     geometry = GEOMETRIES[1]
     x = numbers(geometry.shape, 23)
     wrong = geometry._replace(taps=[broken(geometry.taps[0]), geometry.taps[1]])
-    assert not np.allclose(tp.pool(x, reduction, geometry.windows), expected(x, wrong, reduction)[0])
+    assert not np.allclose(
+        tp.pool(x, reduction, geometry.windows), expected(x, wrong, reduction)[0]
+    )
 
 
 def test_the_oracle_sees_a_wrong_tie_and_a_wrong_nan():
@@ -338,7 +423,9 @@ def test_the_oracle_sees_a_wrong_tie_and_a_wrong_nan():
     _, last = oracle.pool(x.numpy(), geometry.taps, "Max", better=lambda v, b: v >= b)
     assert not torch.equal(i, torch.from_numpy(last))
     y, _ = oracle.pool(np.nan_to_num(x.numpy()), geometry.taps, "Max")
-    assert not torch.equal(torch.nan_to_num(tp.pool(x, tp.Max(), geometry.windows), nan=7.5), torch.from_numpy(y))
+    assert not torch.equal(
+        torch.nan_to_num(tp.pool(x, tp.Max(), geometry.windows), nan=7.5), torch.from_numpy(y)
+    )
 
 
 BAD = [
@@ -351,10 +438,22 @@ BAD = [
     (lambda x: tp.pool(x, tp.Max(), 2), TypeError, "windows=2"),
     (lambda x: tp.pool(x.numpy(), tp.Max(), tp.Window(2)), TypeError, "Tensor"),
     (lambda x: tp.pool(x.to(torch.complex64), tp.Max(), tp.Window(2)), TypeError, "complex64"),
-    (lambda x: tp.pool(x, tp.Mean(), tp.Window(2), return_indices=True), ValueError, "return_indices"),
+    (
+        lambda x: tp.pool(x, tp.Mean(), tp.Window(2), return_indices=True),
+        ValueError,
+        "return_indices",
+    ),
     (lambda x: tp.pool(x, tp.Mean(), tp.Window(2), mask=torch.ones(3)), TypeError, "bool"),
-    (lambda x: tp.pool(x, tp.Mean(), tp.Window(2), mask=torch.ones(3, dtype=torch.bool)), ValueError, "broadcast"),
-    (lambda x: tp.pool(x, tp.Mean(), tp.Window(2), weights=torch.ones(4, dtype=torch.int64)), TypeError, "floating"),
+    (
+        lambda x: tp.pool(x, tp.Mean(), tp.Window(2), mask=torch.ones(3, dtype=torch.bool)),
+        ValueError,
+        "broadcast",
+    ),
+    (
+        lambda x: tp.pool(x, tp.Mean(), tp.Window(2), weights=torch.ones(4, dtype=torch.int64)),
+        TypeError,
+        "floating",
+    ),
     (lambda x: tp.pool(x, tp.Lp(torch.ones(2)), tp.Window(2)), ValueError, "per channel"),
     (lambda x: tp.pool(x, tp.Lp(0.0), tp.Window(2)), ValueError, "p=0.0"),
     (lambda x: tp.pool(x, tp.LogMeanExp(math.nan), tp.Window(2)), ValueError, "beta=nan"),
@@ -363,7 +462,11 @@ BAD = [
     (lambda x: tp.pool(x, tp.Max(), tp.Adaptive(0)), ValueError, "empty output"),
     (lambda x: tp.pool(x[:, :, :0], tp.Max(), tp.Window(2)), ValueError, "size 0"),
     (lambda x: tp.pool(x, tp.Max(), tp.Fractional(2)), ValueError, "output_size"),
-    (lambda x: tp.pool(x, tp.Max(), tp.Fractional(2, output_ratio=1.5)), ValueError, "output_ratio"),
+    (
+        lambda x: tp.pool(x, tp.Max(), tp.Fractional(2, output_ratio=1.5)),
+        ValueError,
+        "output_ratio",
+    ),
     (lambda x: tp.max_pool2d(x, 2, padding=2), ValueError, "half"),
     (lambda x: tp.max_pool2d(x[0, 0, 0], 2), ValueError, "axes"),
 ]
@@ -388,7 +491,14 @@ def test_explain_says_why_and_a_forced_backend_that_cannot_serve_says_so(monkeyp
 
 def test_fractional_windows_are_replayable():
     x = numbers((2, 3, 17, 23), 25)
-    a, b = (tp.pool(x, tp.Max(), tp.Fractional(2, output_ratio=0.6, generator=torch.Generator().manual_seed(5))) for _ in range(2))
+    a, b = (
+        tp.pool(
+            x,
+            tp.Max(),
+            tp.Fractional(2, output_ratio=0.6, generator=torch.Generator().manual_seed(5)),
+        )
+        for _ in range(2)
+    )
     assert torch.equal(a, b)
     y = tp.pool(x, tp.Mean(), tp.Fractional((3, 2), (6, 9), samples=torch.rand(2, 3, 2)))
     assert y.shape == (2, 3, 6, 9)

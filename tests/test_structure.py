@@ -33,7 +33,11 @@ def _imported(file: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        rooms |= {name.split(".")[1] for name in names if name.startswith("torchpool.") and name.count(".")}
+        rooms |= {
+            name.split(".")[1]
+            for name in names
+            if name.startswith("torchpool.") and name.count(".")
+        }
     return rooms & FLOOR.keys()
 
 
@@ -43,13 +47,17 @@ def test_imports_point_down():
         if room == "__init__":
             continue
         for other in _imported(file) - {room}:
-            assert FLOOR[other] < FLOOR[room], f"{file.relative_to(ROOT)} imports {other}, which stands above it"
+            assert FLOOR[other] < FLOOR[room], (
+                f"{file.relative_to(ROOT)} imports {other}, which stands above it"
+            )
 
 
 def test_geometry_and_formulas_know_no_torch():
     for name in ("windows.py", "reductions.py"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        assert not any(line.startswith(("import torch", "from torch ")) for line in text.splitlines())
+        assert not any(
+            line.startswith(("import torch", "from torch ")) for line in text.splitlines()
+        )
 
 
 def test_importing_is_light():
@@ -60,8 +68,12 @@ def test_importing_is_light():
     before = "import torch, sys; print(sorted({'triton'} & set(sys.modules)))"
     times = []
     for _ in range(3):
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+        out = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         times.append(float(out[0]))
-    already = subprocess.run([sys.executable, "-c", before], capture_output=True, text=True, check=True).stdout.strip()
+    already = subprocess.run(
+        [sys.executable, "-c", before], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert out[1] == already
     assert min(times) < 0.3

@@ -14,8 +14,18 @@ import torchpool as tp
 small = st.integers(1, 9)
 
 
-@given(st.integers(1, 60), small, small, st.integers(0, 12), st.integers(0, 12), st.integers(1, 4), st.booleans())
-def test_regular_windows_are_those_of_the_oracle(size, kernel, stride, before, after, dilation, ceil):
+@given(
+    st.integers(1, 60),
+    small,
+    small,
+    st.integers(0, 12),
+    st.integers(0, 12),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_regular_windows_are_those_of_the_oracle(
+    size, kernel, stride, before, after, dilation, ceil
+):
     window = tp.Window(kernel, stride, ((before, after),), dilation, ceil)
     want = oracle.regular(size, kernel, stride, before, after, dilation, ceil)
     if not want:
@@ -65,7 +75,9 @@ def test_out_size_is_torchs(size, kernel, stride, ceil, dilation):
 def test_pool_mask_tells_which_outputs_saw_something():
     mask = torch.tensor([[[True, False, False, False, True]]])
     assert tp.Window(2, 1).pool_mask(mask).tolist() == [[[True, False, False, True]]]
-    assert tp.Window(2, 2, padding=((2, 1),)).pool_mask(mask).tolist() == [[[False, True, False, True]]]
+    assert tp.Window(2, 2, padding=((2, 1),)).pool_mask(mask).tolist() == [
+        [[False, True, False, True]]
+    ]
     assert tp.Adaptive(2).pool_mask(mask).tolist() == [[[True, True]]]
     tokens = mask.transpose(1, 2)
     assert tp.Global().pool_mask(tokens, dims=(1,)).tolist() == [[[True]]]

@@ -73,6 +73,17 @@ def labels(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(made)
 
 
+def _persist(attempt: Callable[[], Any], times: int = 5) -> Any:
+    """Tries again a little later: two processes that start together both make the tables, and one
+    of them fails."""
+    for _ in range(times - 1):
+        try:
+            return attempt()
+        except Exception:  # every database has exceptions of its own
+            time.sleep(0.5)
+    return attempt()
+
+
 class Experiment:
     """A plan and its storage.
 
@@ -86,20 +97,25 @@ class Experiment:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.plan = plan
-        store = RDBStorage(
-            storage,
-            heartbeat_interval=HEARTBEAT,
-            grace_period=GRACE,
-            failed_trial_callback=RetryFailedTrialCallback(),
-            engine_kwargs={"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {},
-        )
-        self.study: Any = optuna.create_study(
-            study_name=f"torchpool-{plan.fingerprint}",
-            storage=store,
-            direction="maximize",
-            load_if_exists=True,
-            sampler=optuna.samplers.RandomSampler(),
-        )
+        connect = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {}
+
+        def open_study() -> Any:
+            store = RDBStorage(
+                storage,
+                heartbeat_interval=HEARTBEAT,
+                grace_period=GRACE,
+                failed_trial_callback=RetryFailedTrialCallback(),
+                engine_kwargs=connect,
+            )
+            return optuna.create_study(
+                study_name=f"torchpool-{plan.fingerprint}",
+                storage=store,
+                direction="maximize",
+                load_if_exists=True,
+                sampler=optuna.samplers.RandomSampler(),
+            )
+
+        self.study: Any = _persist(open_study)
 
     def results(self) -> Results:
         """Everything that is stored for the plan."""
