@@ -20,7 +20,8 @@ RUN = [sys.executable, "-c", "from torchpool.cli import main; main()"]
 MODEL = """
 import torch
 def build():
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 7, 2, 3), torch.nn.MaxPool2d(3, 2, 1), torch.nn.AvgPool2d(2))
+    layers = torch.nn.Conv2d(3, 8, 7, 2, 3), torch.nn.MaxPool2d(3, 2, 1), torch.nn.AvgPool2d(2)
+    return torch.nn.Sequential(*layers)
 def nothing():
     return 3
 """

@@ -65,7 +65,7 @@ def test_samples(op):
         for sample in op.sample_inputs("cpu", dtype):
             for x in _formats(sample.input):
                 if op.name.endswith("max_pool3d") and x.ndim == 4 and not x.is_contiguous():
-                    continue  # torch refuses an unbatched volume whose strides read as channels_last
+                    continue  # torch refuses a volume whose strides read as channels_last
                 want, gradient = _run(theirs, x, sample, grad)
                 got, found = _run(ours, x, sample, grad)
                 assert len(got) == len(want)

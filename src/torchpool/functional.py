@@ -511,7 +511,8 @@ def _check_rank(x: Tensor, d: int, name: str) -> None:
         )
     if x.ndim == d + 1 and x.shape[0] == 0:
         raise ValueError(
-            f"{name}: input of shape {tuple(x.shape)} has no channels; only a batch axis may be empty"
+            f"{name}: input of shape {tuple(x.shape)} has no channels; "
+            "only a batch axis may be empty"
         )
 
 
