@@ -1,6 +1,8 @@
-"""Times torch, torchpool and a copy of as many bytes, in turns, on the shapes that decide real models; prints ratios of medians.
+"""Times torch, torchpool and a copy of as many bytes, in turns, on the shapes that decide real
+models; prints ratios of medians.
 
-A speed is printed only for a case whose result agreed. Run: python benchmarks/quick.py [words that a row's name must contain].
+A speed is printed only for a case whose result agreed. Run: python benchmarks/quick.py [words that
+a row's name must contain].
 """
 
 from __future__ import annotations
@@ -74,19 +76,25 @@ def compare(name: str, x: Tensor, window: tuple[int, int, int], train: bool) -> 
     source = torch.empty(moved // 2, dtype=torch.uint8)
     into = torch.empty_like(source)
     theirs, ours, copied = seconds([*calls, lambda: into.copy_(source)])
-    return f"torch {theirs * 1e3:9.3f} ms  ours {ours * 1e3:8.3f} ms  {theirs / ours:7.1f}x  {copied / ours:5.0%} of a copy"
+    times = f"torch {theirs * 1e3:9.3f} ms  ours {ours * 1e3:8.3f} ms"
+    return f"{times}  {theirs / ours:7.1f}x  {copied / ours:5.0%} of a copy"
 
 
 def main(words: Sequence[str]) -> None:
     """Prints the table."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {ROUNDS} rounds in turns")
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {threads} threads; medians of {ROUNDS} rounds in turns")
     for shape, *numbers in SHAPES:
         window = (numbers[0], numbers[1], numbers[2])
         for name in TORCH:
-            for layout, form in {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}.items():
+            for layout, form in {
+                "NCHW": torch.contiguous_format,
+                "NHWC": torch.channels_last,
+            }.items():
                 for train in (False, True):
                     kind = "forward+backward" if train else "forward"
-                    label = f"{name} {'x'.join(map(str, shape))} k{window[0]}s{window[1]} {layout} {kind}"
+                    size = "x".join(map(str, shape))
+                    label = f"{name} {size} k{window[0]}s{window[1]} {layout} {kind}"
                     if all(word in label.split() or word in label for word in words):
                         x = torch.randn(shape).contiguous(memory_format=form)
                         print(f"{label:55} {compare(name, x, window, train)}", flush=True)

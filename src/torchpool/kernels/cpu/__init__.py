@@ -1,7 +1,9 @@
 """The operations on the CPU, compiled by Numba: what each call is turned into.
 
-Any number of pooled axes reads as four, the pooled ones last, and either layout as (outer, *S, inner): see `plan`. From there
-`values` serves selections without state and linear accumulations, `selection` remembers winners, `general` runs any other accumulation.
+Any number of pooled axes reads as four, the pooled ones last, and either layout as (outer, *S,
+inner): see `plan`. From there
+`values` serves selections without state and linear accumulations, `selection` remembers winners,
+`general` runs any other accumulation.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torchpool.kernels import layout
 from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu import selection, threads, values
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
-from torchpool.reductions import Accumulation, Max, Mean, Min, Selection, Sum
+from torchpool.reductions import Accumulation, Mean, Selection, Sum
 from torchpool.windows import Axis
 
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
@@ -44,7 +46,11 @@ def _flat(x: Tensor, channels_last: bool) -> Any:
 def _why_not(x: Tensor, axes: Sequence[Axis]) -> str | None:
     if x.dtype not in _SERVED:
         return f"the CPU kernels do not serve {x.dtype}"
-    return None if len(axes) <= plans.AXES else f"the CPU kernels pool at most {plans.AXES} axes, not {len(axes)}"
+    return (
+        None
+        if len(axes) <= plans.AXES
+        else f"the CPU kernels pool at most {plans.AXES} axes, not {len(axes)}"
+    )
 
 
 def _tall(geo: Any, first: int, column: int, outer: int) -> int:
@@ -55,11 +61,15 @@ def _tall(geo: Any, first: int, column: int, outer: int) -> int:
     return rows
 
 
-# Selection ------------------------------------------------------------------------------------------
+# Selection ------------------------------------------------------------
 
 
 def why_not_select(
-    x: Tensor, mask: Tensor | None, starts: Tensor | None, reduction: Selection, axes: Sequence[Axis]
+    x: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    reduction: Selection,
+    axes: Sequence[Axis],
 ) -> str | None:
     """Why these kernels do not serve a selection; None where they do."""
     if starts is not None:
@@ -70,19 +80,29 @@ def why_not_select(
 
 
 def select(
-    x: Tensor, mask: Tensor | None, starts: Tensor | None, reduction: Selection, axes: Sequence[Axis], save: bool
+    x: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    reduction: Selection,
+    axes: Sequence[Axis],
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Winners of all windows, as `reference.select`.
 
     Shape:
-        x (N, C, *S) -> (N, C, *O) in the layout of x, and the offsets in the window of the same shape (0,) unless `save`
+        x (N, C, *S) -> (N, C, *O) in the layout of x, and the offsets in the window of the same
+        shape (0,) unless `save`
     """
     if x.dtype in _WIDER:
         y, state = select(x.to(_WIDER[x.dtype]), mask, starts, reduction, axes, save)
         return y.to(x.dtype), state
     channels_last = layout.is_channels_last(x)
     y = layout.empty_like(x, [axis.out_size for axis in axes])
-    state = torch.empty_like(y, dtype=layout.state_dtype(axes)) if save else x.new_empty(0, dtype=layout.state_dtype(axes))
+    state = (
+        torch.empty_like(y, dtype=layout.state_dtype(axes))
+        if save
+        else x.new_empty(0, dtype=layout.state_dtype(axes))
+    )
     if y.numel() == 0:
         return y, state
     plan = plans.plan(tuple(axes))
@@ -106,7 +126,15 @@ def select(
 
 
 def _select_masked(
-    x: Tensor, mask: Tensor, y: Tensor, offsets: Any, tag: Any, plan: plans.Plan, outer: int, inner: int, channels_last: bool
+    x: Tensor,
+    mask: Tensor,
+    y: Tensor,
+    offsets: Any,
+    tag: Any,
+    plan: plans.Plan,
+    outer: int,
+    inner: int,
+    channels_last: bool,
 ) -> None:
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     found = torch.empty_like(y, dtype=wide.dtype) if wide is not x else y
@@ -118,7 +146,9 @@ def _select_masked(
         y.copy_(found)
 
 
-def select_backward(grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[Axis]) -> Tensor:
+def select_backward(
+    grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[Axis]
+) -> Tensor:
     """Sends the gradient of each window to its winner.
 
     Shape:
@@ -134,11 +164,20 @@ def select_backward(grad: Tensor, state: Tensor, starts: Tensor | None, axes: Se
     arrays = [_flat(t, channels_last) for t in (grad, state, gx)]
     units = _tall(plan.geo, 0, plans.SIZE, outer)
     traffic = (gx.numel() + grad.numel()) * grad.element_size()
-    threads.run(selection.scatter, selection.scatter_parallel, units, traffic, *arrays, plan.geo, plan.tab, inner)
+    threads.run(
+        selection.scatter,
+        selection.scatter_parallel,
+        units,
+        traffic,
+        *arrays,
+        plan.geo,
+        plan.tab,
+        inner,
+    )
     return gx
 
 
-# Accumulation ---------------------------------------------------------------------------------------
+# Accumulation ---------------------------------------------------------
 
 
 def why_not_accumulate(
@@ -152,10 +191,12 @@ def why_not_accumulate(
     """Why these kernels do not serve an accumulation; None where they do."""
     if not _is_plain(reduction, mask, weights):
         if not x.dtype.is_floating_point:
-            return f"{type(reduction).__name__} of {x.dtype} with a mask, weights or formulas is served by the reference"
+            name = type(reduction).__name__
+            return f"{name} of {x.dtype} with a mask or weights is served by the reference"
         from torchpool.kernels.cpu import formulas
 
-        return formulas.why_not(type(reduction)) or _why_not(x, axes)
+        kind: Any = type(reduction)
+        return formulas.why_not(kind) or _why_not(x, axes)
     return _why_not(x, axes)
 
 
@@ -164,7 +205,8 @@ def _is_plain(reduction: Accumulation, mask: Tensor | None, weights: Tensor | No
 
 
 def _divisor(reduction: Accumulation) -> tuple[int, float]:
-    """The count table that a linear accumulation divides by (-1: none), and the number that it divides by instead (0.0: none)."""
+    """The count table that a linear accumulation divides by (-1: none), and the number that it
+    divides by instead (0.0: none)."""
     if not isinstance(reduction, Mean):
         return -1, 0.0
     column = plans.PADDED if reduction.count_include_pad else plans.VALID
@@ -183,7 +225,8 @@ def accumulate(
     """Values of all windows, as `reference.accumulate`.
 
     Shape:
-        x (N, C, *S) -> (N, C, *O) in the layout of x, and what the backward pass needs (2 + num_sums, N, C, *O); (0,) unless `save`
+        x (N, C, *S) -> (N, C, *O) in the layout of x, and what the backward pass needs (2 +
+        num_sums, N, C, *O); (0,) unless `save`
     """
     if not _is_plain(reduction, mask, weights):
         from torchpool.kernels.cpu import general
@@ -196,18 +239,33 @@ def accumulate(
     return y, layout.empty_stats(x, [], reduction, False)
 
 
-def _accumulate_linear(x: Tensor, y: Tensor, axes: Sequence[Axis], column: int, divisor: float) -> None:
+def _accumulate_linear(
+    x: Tensor, y: Tensor, axes: Sequence[Axis], column: int, divisor: float
+) -> None:
     if y.numel() == 0:
         return
     channels_last = layout.is_channels_last(x)
     plan = plans.plan(tuple(axes))
     outer, inner = plans.views(x, channels_last, len(axes))
-    args = (_TOTAL, _flat(x, channels_last), _flat(y, channels_last), plan.geo, plan.tab, inner, column, divisor)
+    args = (
+        _TOTAL,
+        _flat(x, channels_last),
+        _flat(y, channels_last),
+        plan.geo,
+        plan.tab,
+        inner,
+        column,
+        divisor,
+    )
     traffic = (x.numel() + y.numel()) * x.element_size()
-    threads.run(values.values, values.values_parallel, _tall(plan.geo, 0, plans.OUT, outer), traffic, *args)
+    threads.run(
+        values.values, values.values_parallel, _tall(plan.geo, 0, plans.OUT, outer), traffic, *args
+    )
 
 
-def _accumulate_integers(x: Tensor, reduction: Accumulation, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
+def _accumulate_integers(
+    x: Tensor, reduction: Accumulation, axes: Sequence[Axis]
+) -> tuple[Tensor, Tensor]:
     """Sums in int64; a mean is cut towards zero, as torch does."""
     sizes = [axis.out_size for axis in axes]
     total = layout.empty_like(x, sizes, torch.int64)
@@ -239,7 +297,9 @@ def accumulate_backward(
     if not _is_plain(reduction, mask, weights):
         from torchpool.kernels.cpu import general
 
-        return general.accumulate_backward(grad, x, mask, weights, params, stats, reduction, axes, needs)
+        return general.accumulate_backward(
+            grad, x, mask, weights, params, stats, reduction, axes, needs
+        )
     empty = grad.new_empty(0, dtype=layout.compute_dtype(grad.dtype))
     if not needs[0]:
         return grad.new_empty(0), empty, empty
@@ -249,7 +309,21 @@ def accumulate_backward(
         plan = plans.plan(tuple(axes))
         outer, inner = plans.views(grad, channels_last, len(axes))
         column, divisor = _divisor(reduction)
-        args = (_flat(grad, channels_last), _flat(gx, channels_last), plan.geo, plan.tab, inner, column, divisor)
+        args = (
+            _flat(grad, channels_last),
+            _flat(gx, channels_last),
+            plan.geo,
+            plan.tab,
+            inner,
+            column,
+            divisor,
+        )
         traffic = (gx.numel() + grad.numel()) * grad.element_size()
-        threads.run(values.adjoint, values.adjoint_parallel, _tall(plan.geo, 0, plans.SIZE, outer), traffic, *args)
+        threads.run(
+            values.adjoint,
+            values.adjoint_parallel,
+            _tall(plan.geo, 0, plans.SIZE, outer),
+            traffic,
+            *args,
+        )
     return gx, empty, empty

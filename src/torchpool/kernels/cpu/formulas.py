@@ -1,16 +1,18 @@
 """A reduction's own formulas as code that kernels call.
 
-A kernel takes a tag, a value whose type stands for the reduction, and is compiled once for each type of tag. The name of that type carries a digest of the
-formulas' code, so that kernels can be cached on disk: another process finds them by the name, and a changed formula has another name.
+A kernel takes a tag, a value whose type stands for the reduction, and is compiled once for each
+type of tag. The name of that type carries a digest of the
+formulas' code, so that kernels can be cached on disk: another process finds them by the name, and a
+changed formula has another name.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202
 from __future__ import annotations
 
 import hashlib
+from collections import namedtuple
 from functools import lru_cache
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import njit, types
@@ -22,7 +24,10 @@ from torchpool.reductions import Accumulation
 
 MAX_SUMS = 4
 _METHODS = ("key", "least", "lift", "lift_dx", "lift_dp", "finish", "finish_grad")
-_TABLE = {getattr(reductions, name): getattr(scalars, name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "where")}
+_TABLE = {
+    getattr(reductions, name): getattr(scalars, name)
+    for name in ("exp", "expm1", "log", "log1p", "sqrt", "where")
+}
 _PREFIX = "Formulas_"
 _tags: dict[str, type] = {}
 _kinds: dict[str, type[Accumulation]] = {}
@@ -33,14 +38,17 @@ def __getattr__(name: str) -> type:
     if not name.startswith(_PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _tags:
-        made = NamedTuple(name, [("unit", int)])  # type: ignore[misc]
+        made = namedtuple(name, ["unit"])  # type: ignore[misc]
         made.__module__ = __name__
         _tags[name] = made
     return _tags[name]
 
 
 def _text(code: CodeType) -> str:
-    constants = [_text(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts[1 if code.co_consts and isinstance(code.co_consts[0], str) else 0 :]]
+    constants = [
+        _text(c) if isinstance(c, CodeType) else repr(c)
+        for c in code.co_consts[1 if code.co_consts and isinstance(code.co_consts[0], str) else 0 :]
+    ]
     return f"{code.co_code.hex()}{constants}{code.co_names}{code.co_varnames}"
 
 
@@ -58,16 +66,18 @@ def _source(formula: FunctionType, seen: set[Any]) -> str:
 
 
 @lru_cache(maxsize=256)
-def tag(kind: type[Accumulation]) -> Any:
+def tag(kind: Any) -> Any:
     """The tag of a reduction's class."""
-    text = f"{kind.anchor}{kind.num_sums}" + "".join(_source(getattr(kind, name), set()) for name in _METHODS)
+    text = f"{kind.anchor}{kind.num_sums}" + "".join(
+        _source(getattr(kind, name), set()) for name in _METHODS
+    )
     name = f"{_PREFIX}{kind.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     _kinds[name] = kind
     return __getattr__(name)(0)
 
 
 @lru_cache(maxsize=256)
-def why_not(kind: type[Accumulation]) -> str | None:
+def why_not(kind: Any) -> str | None:
     """Why the formulas of a reduction cannot be compiled; None where they can."""
     if not 1 <= kind.num_sums <= MAX_SUMS:
         return f"{kind.__name__} keeps {kind.num_sums} sums, the CPU kernels at most {MAX_SUMS}"
@@ -86,8 +96,13 @@ def _single(value: Any) -> Any:
 def _compile(is_single: bool) -> Any:
     def wrap(formula: FunctionType) -> Any:
         if is_single:
-            scope = {name: _single(v) if isinstance(v, float) else v for name, v in formula.__globals__.items()}
-            code = formula.__code__.replace(co_consts=tuple(_single(c) for c in formula.__code__.co_consts))
+            scope = {
+                name: _single(v) if isinstance(v, float) else v
+                for name, v in formula.__globals__.items()
+            }
+            code = formula.__code__.replace(
+                co_consts=tuple(_single(c) for c in formula.__code__.co_consts)
+            )
             formula = FunctionType(code, scope, formula.__name__, formula.__defaults__)
         return njit(formula, error_model="numpy", nogil=True)
 
@@ -152,7 +167,8 @@ def _least(tag, p):
 
 
 def _padded(name: str) -> Any:
-    """An implementation of `lift` and its derivatives: four numbers, of which the first `num_sums` count."""
+    """An implementation of `lift` and its derivatives: four numbers, of which the first `num_sums`
+    count."""
 
     def choose(tag, x, a, p):
         is_single, number = _number(x)

@@ -1,11 +1,12 @@
 """Any accumulation from its own formulas, forward and backward.
 
-Work goes tap by tap over *tap rows*: the element that tap (j0, j1, j2, j3) finds in each window of an output row, side by side in memory, with its weight (0 where the
-window has no such element). Geometry, layout, dtype and masks end there; the formulas then run over contiguous rows. Where rows are
+Work goes tap by tap over *tap rows*: the element that tap (j0, j1, j2, j3) finds in each window of
+an output row, side by side in memory, with its weight (0 where the
+window has no such element). Geometry, layout, dtype and masks end there; the formulas then run over
+contiguous rows. Where rows are
 short, those of several planes make one row.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,7 +20,17 @@ from torch import Tensor
 from torchpool.kernels import layout
 from torchpool.kernels.cpu import formulas, threads
 from torchpool.kernels.cpu import plan as plans
-from torchpool.kernels.cpu.formulas import anchor, finish, finish_grad, key, least, lift, lift_dp, lift_dx, num_sums
+from torchpool.kernels.cpu.formulas import (
+    anchor,
+    finish,
+    finish_grad,
+    key,
+    least,
+    lift,
+    lift_dp,
+    lift_dx,
+    num_sums,
+)
 from torchpool.kernels.cpu.plan import (
     COVER,
     COVER_OUT,
@@ -34,7 +45,7 @@ from torchpool.kernels.cpu.plan import (
     STRIDE,
     VALID,
 )
-from torchpool.kernels.cpu.scalars import INNER, JIT, empty_row, load, narrow, target
+from torchpool.kernels.cpu.scalars import INNER, JIT, load, narrow, target
 from torchpool.reductions import Accumulation, Mean
 from torchpool.windows import Axis
 
@@ -44,12 +55,13 @@ _WORK = 8
 """What a tap costs, as bytes of traffic, when threads are counted."""
 
 
-# Tap rows -----------------------------------------------------------------------------------------------
+# Tap rows -----------------------------------------------------------------
 
 
 @njit(**INNER)
 def tap_ranges(geo, tab, ranges):
-    """For each tap of the last axis the range of outputs that have it; windows at a regular stride only."""
+    """For each tap of the last axis the range of outputs that have it; windows at a regular stride
+    only."""
     for j in range(geo[3, KERNEL]):
         ranges[j, 0] = geo[3, OUT]
         ranges[j, 1] = 0
@@ -74,7 +86,8 @@ def pick(t, x, at, stride):
 
 @njit(**INNER)
 def tap_plane(t, w, x, weights, geo, tab, inner, base, j, ranges):
-    """The tap row of one plane; `base` is where the input row begins. Returns whether every window has the tap, with weight 1."""
+    """The tap row of one plane; `base` is where the input row begins. Returns whether every window
+    has the tap, with weight 1."""
     outs, dilation, stride = geo[3, OUT], geo[3, DILATION], geo[3, STRIDE]
     if inner == 1 and stride > 0:
         lo, hi = ranges[j, 0], max(ranges[j, 0], ranges[j, 1])
@@ -115,7 +128,12 @@ def tap_row(t, w, x, weights, geo, tab, inner, plane, planes, line, j, ranges):
     for g in range(planes):
         row = (plane + g) * geo[0, SIZE] * geo[1, SIZE] * geo[2, SIZE] + line
         a, b = g * width, (g + 1) * width
-        whole = tap_plane(t[a:b], w[a:b], x, weights, geo, tab, inner, row * geo[3, SIZE] * inner, j, ranges) and whole
+        whole = (
+            tap_plane(
+                t[a:b], w[a:b], x, weights, geo, tab, inner, row * geo[3, SIZE] * inner, j, ranges
+            )
+            and whole
+        )
     return whole
 
 
@@ -128,7 +146,7 @@ def parameter_row(p, params, channels, plane, planes, width, inner):
             p[g * width + i] = params[channel if params.size > 1 else 0]
 
 
-# Formulas over rows -------------------------------------------------------------------------------------
+# Formulas over rows -------------------------------------------------------
 
 
 @njit(**INNER)
@@ -215,7 +233,8 @@ def add_dw(tag, total, d0, d1, d2, d3, dn, n, t, w, a, p):
 
 @njit(**INNER)
 def end_row(tag, out, s0, s1, s2, s3, n, a, p, extra, divisor, is_mean):
-    """The values of a row; n becomes what the formulas divide by, and NaN where the window is empty."""
+    """The values of a row; n becomes what the formulas divide by, and NaN where the window is
+    empty."""
     zero, nan = out.dtype.type(0), out.dtype.type(np.nan)
     for i in range(out.size):
         seen = n[i] > least(tag, p[i])
@@ -244,7 +263,7 @@ def derive_row(tag, d0, d1, d2, d3, dn, dp, g, s0, s1, s2, s3, n, a, p):
         dp[i] = load(g, i) * ep if n[i] == n[i] else zero
 
 
-# Forward ------------------------------------------------------------------------------------------------
+# Forward ------------------------------------------------------------------
 
 
 @njit(**INNER)
@@ -258,7 +277,8 @@ def split(unit, geo, column):
 
 @njit(**INNER)
 def window_rows(geo, tab, o0, o1, o2, rows):
-    """Fills `rows` with the input rows of an output row, numbered inside the plane. Returns how many there are."""
+    """Fills `rows` with the input rows of an output row, numbered inside the plane. Returns how
+    many there are."""
     found = 0
     for j0 in range(tab[geo[0, FIRST] + o0], tab[geo[0, END] + o0]):
         i0 = tab[geo[0, START] + o0] + j0 * geo[0, DILATION]
@@ -271,7 +291,9 @@ def window_rows(geo, tab, o0, o1, o2, rows):
 
 
 @njit(**INNER)
-def sweep(goal, tag, x, weights, geo, tab, inner, plane, planes, rows, t, w, ones, ranges, s, n, a, p):
+def sweep(
+    goal, tag, x, weights, geo, tab, inner, plane, planes, rows, t, w, ones, ranges, s, n, a, p
+):
     """Visits every tap of an output row: 0 raises the anchor, 1 sums for the mean, 2 sums lifts."""
     for line in rows:
         for j in range(geo[3, KERNEL]):
@@ -293,12 +315,32 @@ def pad_rows(extra, divisors, geo, tab, inner, planes, o0, o1, o2, include_pad, 
     valid = tab[geo[0, VALID] + o0] * tab[geo[1, VALID] + o1] * tab[geo[2, VALID] + o2]
     for i in range(planes * width):
         o = i % width // inner
-        extra[i] = padded * tab[geo[3, PADDED] + o] - valid * tab[geo[3, VALID] + o] if include_pad else 0
+        extra[i] = (
+            padded * tab[geo[3, PADDED] + o] - valid * tab[geo[3, VALID] + o] if include_pad else 0
+        )
         divisors[i] = divisor
 
 
 @njit(**JIT)
-def forward(begin, end, tag, x, weights, params, y, stats, geo, tab, inner, outer, channels, group, is_mean, include_pad, divisor):
+def forward(
+    begin,
+    end,
+    tag,
+    x,
+    weights,
+    params,
+    y,
+    stats,
+    geo,
+    tab,
+    inner,
+    outer,
+    channels,
+    group,
+    is_mean,
+    include_pad,
+    divisor,
+):
     """Output rows of groups of planes."""
     width = geo[3, OUT] * inner
     length = group * width
@@ -324,13 +366,53 @@ def forward(begin, end, tag, x, weights, params, y, stats, geo, tab, inner, oute
         reach = window[: window_rows(geo, tab, o0, o1, o2, window)]
         if anchor(tag) == 1:
             a[:] = -np.inf
-            sweep(0, tag, x, weights, geo, tab, inner, plane, planes, reach, t, w, one, ranges, s, n, a, p)
+            sweep(
+                0,
+                tag,
+                x,
+                weights,
+                geo,
+                tab,
+                inner,
+                plane,
+                planes,
+                reach,
+                t,
+                w,
+                one,
+                ranges,
+                s,
+                n,
+                a,
+                p,
+            )
         elif anchor(tag) == 2:
-            sweep(1, tag, x, weights, geo, tab, inner, plane, planes, reach, t, w, one, ranges, s, n, a, p)
+            sweep(
+                1,
+                tag,
+                x,
+                weights,
+                geo,
+                tab,
+                inner,
+                plane,
+                planes,
+                reach,
+                t,
+                w,
+                one,
+                ranges,
+                s,
+                n,
+                a,
+                p,
+            )
             end_mean(a, n)
             n[:] = 0
         s[:] = 0
-        sweep(2, tag, x, weights, geo, tab, inner, plane, planes, reach, t, w, one, ranges, s, n, a, p)
+        sweep(
+            2, tag, x, weights, geo, tab, inner, plane, planes, reach, t, w, one, ranges, s, n, a, p
+        )
         pad_rows(b[10], b[11], geo, tab, inner, planes, o0, o1, o2, include_pad, divisor)
         end_row(tag, out, s[0], s[1], s[2], s[3], n, a, p, b[10], b[11], is_mean)
         for g in range(planes):
@@ -355,16 +437,48 @@ def store(values, row):
 
 @njit(parallel=True, **JIT)
 def forward_parallel(
-    threads, units, tag, x, weights, params, y, stats, geo, tab, inner, outer, channels, group, is_mean, include_pad, divisor
+    threads,
+    units,
+    tag,
+    x,
+    weights,
+    params,
+    y,
+    stats,
+    geo,
+    tab,
+    inner,
+    outer,
+    channels,
+    group,
+    is_mean,
+    include_pad,
+    divisor,
 ):
     for i in prange(threads):
         begin, end = units * i // threads, units * (i + 1) // threads
         forward(
-            begin, end, tag, x, weights, params, y, stats, geo, tab, inner, outer, channels, group, is_mean, include_pad, divisor
+            begin,
+            end,
+            tag,
+            x,
+            weights,
+            params,
+            y,
+            stats,
+            geo,
+            tab,
+            inner,
+            outer,
+            channels,
+            group,
+            is_mean,
+            include_pad,
+            divisor,
         )
 
 
-# Backward: first each output's share, then each input row gathers what its outputs send ---------------------
+# Backward: first each output's share, then each input row gathers what its outputs send -----
 
 
 @njit(**INNER)
@@ -379,8 +493,28 @@ def fetch(buffer, source, slot, count, plane, planes, rows, row, width):
 
 
 @njit(**JIT)
-def shares(begin, end, tag, grad, x, weights, params, stats, share, by_p, geo, tab, inner, outer, channels, group, need_p, fixed):
-    """Derivatives by the sums and n of each output into `share`, by the parameter into `by_p`, one per output row (and inner element)."""
+def shares(
+    begin,
+    end,
+    tag,
+    grad,
+    x,
+    weights,
+    params,
+    stats,
+    share,
+    by_p,
+    geo,
+    tab,
+    inner,
+    outer,
+    channels,
+    group,
+    need_p,
+    fixed,
+):
+    """Derivatives by the sums and n of each output into `share`, by the parameter into `by_p`, one
+    per output row (and inner element)."""
     width = geo[3, OUT] * inner
     rows = geo[0, OUT] * geo[1, OUT] * geo[2, OUT]
     count = outer * rows * width
@@ -411,7 +545,9 @@ def shares(begin, end, tag, grad, x, weights, params, stats, share, by_p, geo, t
             one = ones[: planes * width]
             for line in window[: window_rows(geo, tab, o0, o1, o2, window)]:
                 for j in range(geo[3, KERNEL]):
-                    whole = tap_row(t, w, x, weights, geo, tab, inner, plane, planes, line, j, ranges)
+                    whole = tap_row(
+                        t, w, x, weights, geo, tab, inner, plane, planes, line, j, ranges
+                    )
                     add_lift_dp(tag, dp, d[0], d[1], d[2], d[3], n, t, one if whole else w, a, p)
         for g in range(planes):
             at = ((plane + g) * rows + row) * width
@@ -429,12 +565,46 @@ def shares(begin, end, tag, grad, x, weights, params, stats, share, by_p, geo, t
 
 @njit(parallel=True, **JIT)
 def shares_parallel(
-    threads, units, tag, grad, x, weights, params, stats, share, by_p, geo, tab, inner, outer, channels, group, need_p, fixed
+    threads,
+    units,
+    tag,
+    grad,
+    x,
+    weights,
+    params,
+    stats,
+    share,
+    by_p,
+    geo,
+    tab,
+    inner,
+    outer,
+    channels,
+    group,
+    need_p,
+    fixed,
 ):
     for i in prange(threads):
         begin, end = units * i // threads, units * (i + 1) // threads
         shares(
-            begin, end, tag, grad, x, weights, params, stats, share, by_p, geo, tab, inner, outer, channels, group, need_p, fixed
+            begin,
+            end,
+            tag,
+            grad,
+            x,
+            weights,
+            params,
+            stats,
+            share,
+            by_p,
+            geo,
+            tab,
+            inner,
+            outer,
+            channels,
+            group,
+            need_p,
+            fixed,
         )
 
 
@@ -451,8 +621,26 @@ def spread_taps(total, r, geo, tab, inner, planes, j):
 
 
 @njit(**JIT)
-def gather(begin, end, tag, x, weights, params, stats, share, gx, gw, geo, tab, inner, outer, channels, group):
-    """Input rows of groups of planes: gradients by x (unless gx is empty) and by the weights (unless gw is empty)."""
+def gather(
+    begin,
+    end,
+    tag,
+    x,
+    weights,
+    params,
+    stats,
+    share,
+    gx,
+    gw,
+    geo,
+    tab,
+    inner,
+    outer,
+    channels,
+    group,
+):
+    """Input rows of groups of planes: gradients by x (unless gx is empty) and by the weights
+    (unless gw is empty)."""
     width, size = geo[3, OUT] * inner, geo[3, SIZE] * inner
     rows = geo[0, OUT] * geo[1, OUT] * geo[2, OUT]
     lines = geo[0, SIZE] * geo[1, SIZE] * geo[2, SIZE]
@@ -482,7 +670,9 @@ def gather(begin, end, tag, x, weights, params, stats, share, gx, gw, geo, tab, 
             for k0 in range(tab[geo[0, COVER] + i0], tab[geo[0, COVER] + i0 + 1]):
                 for k1 in range(tab[geo[1, COVER] + i1], tab[geo[1, COVER] + i1 + 1]):
                     for k2 in range(tab[geo[2, COVER] + i2], tab[geo[2, COVER] + i2 + 1]):
-                        row = tab[geo[0, COVER_OUT] + k0] * geo[1, OUT] + tab[geo[1, COVER_OUT] + k1]
+                        row = (
+                            tab[geo[0, COVER_OUT] + k0] * geo[1, OUT] + tab[geo[1, COVER_OUT] + k1]
+                        )
                         row = row * geo[2, OUT] + tab[geo[2, COVER_OUT] + k2]
                         fetch(a, stats, 0, count, plane, planes, rows, row, width)
                         fetch(n, stats, slots + 1, count, plane, planes, rows, row, width)
@@ -507,14 +697,46 @@ def gather(begin, end, tag, x, weights, params, stats, share, gx, gw, geo, tab, 
 
 @njit(parallel=True, **JIT)
 def gather_parallel(
-    threads, units, tag, x, weights, params, stats, share, gx, gw, geo, tab, inner, outer, channels, group
+    threads,
+    units,
+    tag,
+    x,
+    weights,
+    params,
+    stats,
+    share,
+    gx,
+    gw,
+    geo,
+    tab,
+    inner,
+    outer,
+    channels,
+    group,
 ):
     for i in prange(threads):
         begin, end = units * i // threads, units * (i + 1) // threads
-        gather(begin, end, tag, x, weights, params, stats, share, gx, gw, geo, tab, inner, outer, channels, group)
+        gather(
+            begin,
+            end,
+            tag,
+            x,
+            weights,
+            params,
+            stats,
+            share,
+            gx,
+            gw,
+            geo,
+            tab,
+            inner,
+            outer,
+            channels,
+            group,
+        )
 
 
-# From tensors to kernels --------------------------------------------------------------------------------
+# From tensors to kernels --------------------------------------------------
 
 
 class _Case:
@@ -534,16 +756,23 @@ class _Case:
         self.outer, self.inner = plans.views(x, self.channels_last, len(axes))
         self.channels = x.shape[1]
         self.dtype = layout.compute_dtype(x.dtype)
-        self.tag = formulas.tag(type(reduction))
+        kind: Any = type(reduction)
+        self.tag = formulas.tag(kind)
         self.x = self.flat(x)
         self.weights = self.flat(self._effective(x, mask, weights))
-        self.params = np.zeros(1, self.weights.dtype) if params is None else params.detach().to(self.dtype).contiguous().numpy()
+        self.params = (
+            np.zeros(1, self.weights.dtype)
+            if params is None
+            else params.detach().to(self.dtype).contiguous().numpy()
+        )
         width = int(self.plan.geo[3, plans.OUT]) * self.inner
         self.group = max(1, min(self.outer, ROW // max(1, width))) if self.inner == 1 else 1
         self.blocks = -(-self.outer // self.group)
         self.is_mean = isinstance(reduction, Mean)
-        self.include_pad = self.is_mean and reduction.count_include_pad  # type: ignore[attr-defined]
-        self.divisor = float(reduction.divisor or 0) if self.is_mean else 0.0  # type: ignore[attr-defined]
+        self.include_pad, self.divisor = False, 0.0
+        if isinstance(reduction, Mean):
+            self.include_pad, self.divisor = reduction.count_include_pad, reduction.divisor or 0.0
+            self.divisor = float(self.divisor)
         self.work = _WORK * self.plan.num_out * self.plan.taps * x.shape[0] * x.shape[1]
 
     def flat(self, t: Tensor) -> Any:
@@ -584,7 +813,8 @@ def accumulate(
     axes: Sequence[Axis],
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Values of all windows and what the backward pass needs; the latter lies in memory in the order of the former."""
+    """Values of all windows and what the backward pass needs; the latter lies in memory in the
+    order of the former."""
     sizes = [axis.out_size for axis in axes]
     y = layout.empty_like(x, sizes)
     stats = layout.empty_stats(x, sizes, reduction, save)
@@ -596,7 +826,16 @@ def accumulate(
 def _run_forward(case: _Case, y: Tensor, stats: Tensor) -> None:
     arrays = (case.x, case.weights, case.params, case.flat(y), stats.reshape(-1).numpy())
     options = (case.is_mean, case.include_pad, case.divisor)
-    threads.run(forward, forward_parallel, case.rows(plans.OUT), case.work, case.tag, *arrays, *case.geometry, *options)
+    threads.run(
+        forward,
+        forward_parallel,
+        case.rows(plans.OUT),
+        case.work,
+        case.tag,
+        *arrays,
+        *case.geometry,
+        *options,
+    )
 
 
 def accumulate_backward(
@@ -619,7 +858,11 @@ def accumulate_backward(
     gx = layout.empty_like(x, sizes, grad.dtype) if needs[0] else grad.new_empty(0)
     gw = layout.empty_like(x, sizes, dtype) if needs[1] else grad.new_empty(0, dtype=dtype)
     if not grad.numel() or not x.numel():
-        gp = params.new_zeros(params.shape) if needs[2] and params is not None else grad.new_empty(0, dtype=dtype)
+        gp = (
+            params.new_zeros(params.shape)
+            if needs[2] and params is not None
+            else grad.new_empty(0, dtype=dtype)
+        )
         return gx.zero_(), gw.zero_(), gp
     case = _Case(x, mask, weights, params, reduction, axes)
     grad = layout.to_layout(grad, case.channels_last)
@@ -630,7 +873,13 @@ def accumulate_backward(
 
 
 def _run_backward(
-    case: _Case, grad: Tensor, stats: Tensor, gx: Tensor, gw: Tensor, reduction: Accumulation, needs: Sequence[bool]
+    case: _Case,
+    grad: Tensor,
+    stats: Tensor,
+    gx: Tensor,
+    gw: Tensor,
+    reduction: Accumulation,
+    needs: Sequence[bool],
 ) -> Tensor:
     saved = stats.reshape(-1).numpy()
     share = np.empty((reduction.num_sums + 1) * grad.numel(), saved.dtype)
@@ -638,19 +887,40 @@ def _run_backward(
     fixed = case.divisor != 0.0
     arrays = (case.flat(grad), case.x, case.weights, case.params, saved, share, by_p)
     options = (bool(needs[2]), fixed)
-    threads.run(shares, shares_parallel, case.rows(plans.OUT), case.work, case.tag, *arrays, *case.geometry, *options)
+    threads.run(
+        shares,
+        shares_parallel,
+        case.rows(plans.OUT),
+        case.work,
+        case.tag,
+        *arrays,
+        *case.geometry,
+        *options,
+    )
     if needs[0] or needs[1]:
         outputs = (case.flat(gx), case.flat(gw))
         arrays = (case.x, case.weights, case.params, saved, share, *outputs)
-        threads.run(gather, gather_parallel, case.rows(plans.SIZE), case.work, case.tag, *arrays, *case.geometry)
-    return _parameter_gradient(case, grad, by_p) if needs[2] else grad.new_empty(0, dtype=case.dtype)
+        threads.run(
+            gather,
+            gather_parallel,
+            case.rows(plans.SIZE),
+            case.work,
+            case.tag,
+            *arrays,
+            *case.geometry,
+        )
+    return (
+        _parameter_gradient(case, grad, by_p) if needs[2] else grad.new_empty(0, dtype=case.dtype)
+    )
 
 
 def _parameter_gradient(case: _Case, grad: Tensor, by_p: Any) -> Tensor:
     """Sums by channel in float64, in one order whatever the number of threads."""
     n, c = grad.shape[:2]
     by_p = by_p[: grad.numel() // int(case.plan.geo[3, plans.OUT])]
-    by_p = by_p.reshape(n, -1, c) if case.channels_last else by_p.reshape(n, c, -1).transpose(0, 2, 1)
+    by_p = (
+        by_p.reshape(n, -1, c) if case.channels_last else by_p.reshape(n, c, -1).transpose(0, 2, 1)
+    )
     total = by_p.sum((0, 1), dtype=np.float64)
     total = total.sum(keepdims=True) if case.params.size == 1 else total
     return torch.from_numpy(total).to(case.dtype)

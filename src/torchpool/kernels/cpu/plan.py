@@ -10,7 +10,8 @@ import numpy as np
 
 from torchpool.windows import Axis
 
-# Columns of `Plan.geo`, one row per axis. LO and HI bound the outputs whose window lies inside the input; the rest are offsets into `Plan.tab`.
+# Columns of `Plan.geo`, one row per axis. LO and HI bound the outputs whose window lies inside the
+# input; the rest are offsets into `Plan.tab`.
 (
     SIZE,
     OUT,
@@ -38,8 +39,10 @@ _TRIVIAL = Axis(1, 1, 1, 1, 1, 0, 0)
 class Plan(NamedTuple):
     """Tables of some windows.
 
-    `geo` (4, 17) int64: numbers of each axis. `tab` int64, of each axis: START, FIRST and END (range of valid taps), VALID and PADDED (counts)
-    per output; the outputs that cover input i, in order, at COVER[i] .. COVER[i + 1] of COVER_OUT and COVER_TAP.
+    `geo` (4, 17) int64: numbers of each axis. `tab` int64, of each axis: START, FIRST and END
+    (range of valid taps), VALID and PADDED (counts)
+    per output; the outputs that cover input i, in order, at COVER[i] .. COVER[i + 1] of COVER_OUT
+    and COVER_TAP.
     """
 
     geo: Any

@@ -1,9 +1,9 @@
 """Numbers inside kernels: merging two candidates, half formats, and exponentials that vectorise.
 
-Half formats travel as their bits, so that the array's type tells them apart: bfloat16 as uint16, float16 as int16. Both compute in float32.
+Half formats travel as their bits, so that the array's type tells them apart: bfloat16 as uint16,
+float16 as int16. Both compute in float32.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202
 from __future__ import annotations
 
 import math
@@ -15,7 +15,8 @@ from numba import njit, types
 from numba.extending import intrinsic, overload, register_jitable
 
 INNER: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-"""Options of functions that only other kernels call: what is cached on disk is the kernel that holds them."""
+"""Options of functions that only other kernels call: what is cached on disk is the kernel that
+holds them."""
 
 JIT: dict[str, Any] = {"cache": True, **INNER}
 """Options of kernels."""
@@ -67,7 +68,7 @@ def _merge(tag, first, second):
     return None
 
 
-# Bits -------------------------------------------------------------------------------------------------
+# Bits -------------------------------------------------------------------
 
 
 @intrinsic
@@ -93,7 +94,7 @@ def float_of(context: Any, bits: Any):
 _U = np.uint32
 
 
-@njit(inline="always", **INNER)
+@njit(**INNER)
 def half_to_float(h):
     magnitude = _U(h & 0x7FFF) << _U(13)
     scaled = bits_of(float_of(_U(magnitude)) * np.float32(2.0**112))
@@ -101,7 +102,7 @@ def half_to_float(h):
     return float_of(_U(scaled | special | (_U(h & 0x8000) << _U(16))))
 
 
-@njit(inline="always", **INNER)
+@njit(**INNER)
 def float_to_half(f):
     bits = bits_of(f)
     sign = _U(bits & _U(0x80000000))
@@ -113,14 +114,14 @@ def float_to_half(f):
     return _U(rounded | _U(sign >> _U(16)))
 
 
-@njit(inline="always", **INNER)
+@njit(**INNER)
 def float_to_brain(f):
     bits = bits_of(f)
     rounded = _U(_U(bits + _U(0x7FFF) + _U((bits >> _U(16)) & _U(1))) >> _U(16))
     return _U(_U(bits >> _U(16)) | _U(0x40)) if f != f else rounded
 
 
-# Rows: a stretch of memory in storage format, or in the format that is computed in -----------------------
+# Rows: a stretch of memory in storage format, or in the format that is computed in -------
 
 
 def empty_row(like: Any, size: int) -> Any:
@@ -193,7 +194,8 @@ def _narrow(values, row):
     return lambda values, row: None
 
 
-# Elementary functions: polynomials in float32 (an order of magnitude faster, since they vectorise), the C library in float64 ----------
+# Elementary functions: polynomials in float32 (an order of magnitude faster, since they vectorise),
+# the C library in float64 ----------
 
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
@@ -357,7 +359,7 @@ def load(x: Any, i: Any) -> Any:
     return x[i]
 
 
-@overload(load, inline="always")
+@overload(load)
 def _load(x, i):
     if x.dtype == types.uint16:
         return lambda x, i: float_of(_U(_U(x[i]) << _U(16)))

@@ -1,16 +1,31 @@
 """Selections that remember their winner, and their backward pass.
 
-Rows are reduced along the last axis first, then vertically: in that order `beats` gives torch's winner (the first of equals, the last NaN).
+Rows are reduced along the last axis first, then vertically: in that order `beats` gives torch's
+winner (the first of equals, the last NaN).
 A ring of reduced rows keeps those that the next output row needs again.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202
 from __future__ import annotations
 
 import numpy as np
 from numba import njit, prange
 
-from torchpool.kernels.cpu.plan import COVER, COVER_OUT, COVER_TAP, DILATION, END, FIRST, HI, KERNEL, LO, OUT, REACH, SIZE, START, STRIDE
+from torchpool.kernels.cpu.plan import (
+    COVER,
+    COVER_OUT,
+    COVER_TAP,
+    DILATION,
+    END,
+    FIRST,
+    HI,
+    KERNEL,
+    LO,
+    OUT,
+    REACH,
+    SIZE,
+    START,
+    STRIDE,
+)
 from torchpool.kernels.cpu.scalars import INNER, JIT, beats, empty_row, narrow, target, widen
 
 RING_BYTES = 4 << 20
@@ -105,7 +120,9 @@ def reduce_row(tag, v, best, offset, geo, tab, inner):
         at = tab[geo[3, START] + lo]
         seed(best[lo:hi], offset[lo:hi], v[at:], geo[3, STRIDE], 0)
         for j in range(1, geo[3, KERNEL]):
-            challenge(tag, best[lo:hi], offset[lo:hi], v[at + j * geo[3, DILATION] :], geo[3, STRIDE], j)
+            challenge(
+                tag, best[lo:hi], offset[lo:hi], v[at + j * geo[3, DILATION] :], geo[3, STRIDE], j
+            )
     for o in range(geo[3, OUT]):
         if o < lo or o >= hi:
             reduce_one(tag, v, best, offset, geo, tab, o, inner)
@@ -136,7 +153,10 @@ def winners(begin, end, tag, x, y, state, geo, tab, inner, any_empty):
         o1 = unit // geo[2, OUT] % geo[1, OUT]
         o0 = unit // (geo[2, OUT] * geo[1, OUT]) % geo[0, OUT]
         outer = unit // (geo[2, OUT] * geo[1, OUT] * geo[0, OUT])
-        row, offset = y[unit * width : unit * width + width], state[unit * width : unit * width + width]
+        row, offset = (
+            y[unit * width : unit * width + width],
+            state[unit * width : unit * width + width],
+        )
         out = target(row, b1)
         fresh = True
         for j0 in range(tab[geo[0, FIRST] + o0], tab[geo[0, END] + o0]):
@@ -147,10 +167,21 @@ def winners(begin, end, tag, x, y, state, geo, tab, inner, any_empty):
                     i2 = tab[geo[2, START] + o2] + j2 * geo[2, DILATION]
                     source = ((outer * geo[0, SIZE] + i0) * geo[1, SIZE] + i1) * geo[2, SIZE] + i2
                     slot = (i1 % geo[1, REACH] * geo[2, REACH] + i2 % geo[2, REACH]) % ring
-                    b, t = best[slot * width : slot * width + width], taps[slot * width : slot * width + width]
+                    b, t = (
+                        best[slot * width : slot * width + width],
+                        taps[slot * width : slot * width + width],
+                    )
                     if held[slot] != source:
                         held[slot] = source
-                        reduce_row(tag, widen(x[source * size : source * size + size], b0), b, t, geo, tab, inner)
+                        reduce_row(
+                            tag,
+                            widen(x[source * size : source * size + size], b0),
+                            b,
+                            t,
+                            geo,
+                            tab,
+                            inner,
+                        )
                     code = ((j0 * geo[1, KERNEL] + j1) * geo[2, KERNEL] + j2) * geo[3, KERNEL]
                     if fresh:
                         begin_window(out, offset, b, t, code)
@@ -168,7 +199,18 @@ def winners(begin, end, tag, x, y, state, geo, tab, inner, any_empty):
 @njit(parallel=True, **JIT)
 def winners_parallel(threads, units, tag, x, y, state, geo, tab, inner, any_empty):
     for t in prange(threads):
-        winners(units * t // threads, units * (t + 1) // threads, tag, x, y, state, geo, tab, inner, any_empty)
+        winners(
+            units * t // threads,
+            units * (t + 1) // threads,
+            tag,
+            x,
+            y,
+            state,
+            geo,
+            tab,
+            inner,
+            any_empty,
+        )
 
 
 @njit(**INNER)
@@ -184,11 +226,15 @@ def masked_one(tag, x, mask, y, state, geo, tab, inner, at, corner, o, base):
             for j2 in range(tab[geo[2, FIRST] + o[2]], tab[geo[2, END] + o[2]]):
                 i2 = i1 * geo[2, SIZE] + tab[geo[2, START] + o[2]] + j2 * geo[2, DILATION]
                 for j3 in range(tab[geo[3, FIRST] + o[3]], tab[geo[3, END] + o[3]]):
-                    i = (i2 * geo[3, SIZE] + tab[geo[3, START] + o[3]] + j3 * geo[3, DILATION]) * inner + base
+                    i = (
+                        i2 * geo[3, SIZE] + tab[geo[3, START] + o[3]] + j3 * geo[3, DILATION]
+                    ) * inner + base
                     if mask[i] and (not found or beats(tag, x[i], best)):
                         found = True
                         best = x[i]
-                        code = ((j0 * geo[1, KERNEL] + j1) * geo[2, KERNEL] + j2) * geo[3, KERNEL] + j3
+                        code = ((j0 * geo[1, KERNEL] + j1) * geo[2, KERNEL] + j2) * geo[
+                            3, KERNEL
+                        ] + j3
     y[at] = best if found else 0
     if state.size:
         state[at] = code
@@ -196,7 +242,8 @@ def masked_one(tag, x, mask, y, state, geo, tab, inner, at, corner, o, base):
 
 @njit(**JIT)
 def masked(begin, end, tag, x, mask, y, state, geo, tab, inner):
-    """Planes `begin .. end - 1` (of outer * inner) under a mask; x in the format that is computed in."""
+    """Planes `begin .. end - 1` (of outer * inner) under a mask; x in the format that is computed
+    in."""
     plane = geo[0, OUT] * geo[1, OUT] * geo[2, OUT] * geo[3, OUT]
     o = np.empty(4, np.int64)
     for unit in range(begin, end):
@@ -213,10 +260,22 @@ def masked(begin, end, tag, x, mask, y, state, geo, tab, inner):
 @njit(parallel=True, **JIT)
 def masked_parallel(threads, units, tag, x, mask, y, state, geo, tab, inner):
     for t in prange(threads):
-        masked(units * t // threads, units * (t + 1) // threads, tag, x, mask, y, state, geo, tab, inner)
+        masked(
+            units * t // threads,
+            units * (t + 1) // threads,
+            tag,
+            x,
+            mask,
+            y,
+            state,
+            geo,
+            tab,
+            inner,
+        )
 
 
-# Backward: each thread owns rows of the input and gathers what the output rows that reach them send, in order ----------------
+# Backward: each thread owns rows of the input and gathers what the output rows that reach them
+# send, in order ----------------
 
 
 @njit(**INNER)
@@ -236,7 +295,12 @@ def send_tap(g, state, out, stride, code):
 @njit(**INNER)
 def send_one(g, state, out, geo, tab, o, inner, code):
     """What window `o` sends into this input row; offsets that point outside are dropped."""
-    start, size, dilation, kernel = tab[geo[3, START] + o], geo[3, SIZE], geo[3, DILATION], geo[3, KERNEL]
+    start, size, dilation, kernel = (
+        tab[geo[3, START] + o],
+        geo[3, SIZE],
+        geo[3, DILATION],
+        geo[3, KERNEL],
+    )
     for c in range(inner):
         tap = np.int64(state[o * inner + c]) - code
         i = start + tap * dilation
@@ -246,7 +310,8 @@ def send_one(g, state, out, geo, tab, o, inner, code):
 
 @njit(**INNER)
 def send_row(g, state, out, geo, tab, inner, code):
-    """Adds what an output row sends into an input row; `code` is the offset of that row's first tap in the window."""
+    """Adds what an output row sends into an input row; `code` is the offset of that row's first tap
+    in the window."""
     kernel, dilation = geo[3, KERNEL], geo[3, DILATION]
     if inner > 1 and kernel <= 7:
         for o in range(geo[3, OUT]):
@@ -262,7 +327,13 @@ def send_row(g, state, out, geo, tab, inner, code):
     if hi > lo:
         start = tab[geo[3, START] + lo]
         for j in range(kernel):
-            send_tap(g[lo:hi], state[lo:hi], out[start + j * dilation :], geo[3, STRIDE], state.dtype.type(code + j))
+            send_tap(
+                g[lo:hi],
+                state[lo:hi],
+                out[start + j * dilation :],
+                geo[3, STRIDE],
+                state.dtype.type(code + j),
+            )
     for o in range(hi, geo[3, OUT]):
         send_one(g, state, out, geo, tab, o, inner, code)
 
@@ -283,11 +354,25 @@ def scatter(begin, end, g, state, gx, geo, tab, inner):
         for k0 in range(tab[geo[0, COVER] + i0], tab[geo[0, COVER] + i0 + 1]):
             r0, j0 = outer * geo[0, OUT] + tab[geo[0, COVER_OUT] + k0], tab[geo[0, COVER_TAP] + k0]
             for k1 in range(tab[geo[1, COVER] + i1], tab[geo[1, COVER] + i1 + 1]):
-                r1, j1 = r0 * geo[1, OUT] + tab[geo[1, COVER_OUT] + k1], j0 * geo[1, KERNEL] + tab[geo[1, COVER_TAP] + k1]
+                r1, j1 = (
+                    r0 * geo[1, OUT] + tab[geo[1, COVER_OUT] + k1],
+                    j0 * geo[1, KERNEL] + tab[geo[1, COVER_TAP] + k1],
+                )
                 for k2 in range(tab[geo[2, COVER] + i2], tab[geo[2, COVER] + i2 + 1]):
-                    r2, j2 = r1 * geo[2, OUT] + tab[geo[2, COVER_OUT] + k2], j1 * geo[2, KERNEL] + tab[geo[2, COVER_TAP] + k2]
+                    r2, j2 = (
+                        r1 * geo[2, OUT] + tab[geo[2, COVER_OUT] + k2],
+                        j1 * geo[2, KERNEL] + tab[geo[2, COVER_TAP] + k2],
+                    )
                     part = widen(g[r2 * width : r2 * width + width], b0)
-                    send_row(part, state[r2 * width : r2 * width + width], out, geo, tab, inner, j2 * geo[3, KERNEL])
+                    send_row(
+                        part,
+                        state[r2 * width : r2 * width + width],
+                        out,
+                        geo,
+                        tab,
+                        inner,
+                        j2 * geo[3, KERNEL],
+                    )
         narrow(out, row)
 
 

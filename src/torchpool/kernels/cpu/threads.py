@@ -10,11 +10,11 @@ from typing import Any
 
 import numba
 import torch
-from numba import config
 
 PARALLEL_BYTES = 1 << 17
 """Bytes of traffic below which waking a second thread costs more than it saves."""
 
+config: Any = numba.config  # numba fills it in while it is imported
 _forked = False
 _guard: AbstractContextManager[Any] | None = None
 _first_entry = threading.Lock()
@@ -31,7 +31,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def _prefer_openmp() -> None:
-    """Asks numba for OpenMP, which several Python threads may enter at once, unless the user chose a layer."""
+    """Asks numba for OpenMP, which several Python threads may enter at once, unless the user chose
+    a layer."""
     if config.THREADING_LAYER != "default":
         return
     try:
@@ -45,7 +46,8 @@ _prefer_openmp()
 
 
 def count(traffic: int) -> int:
-    """Threads for a kernel that moves `traffic` bytes: torch's number, or 1 where more would not pay or not be safe."""
+    """Threads for a kernel that moves `traffic` bytes: torch's number, or 1 where more would not
+    pay or not be safe."""
     if _forked or traffic < PARALLEL_BYTES:
         return 1
     return int(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
@@ -70,13 +72,18 @@ def run(
         parallel(threads, units, *args)
 
 
+def _layer() -> str:
+    layer: Any = numba.threading_layer  # type: ignore[attr-defined]
+    return str(layer())
+
+
 def _entry() -> AbstractContextManager[Any]:
     """A lock where the threading layer cannot be entered by two Python threads at once."""
     global _guard
     if _guard is None:
         with _first_entry:
             _start_layer(2)
-            _guard = threading.Lock() if numba.threading_layer() == "workqueue" else nullcontext()
+            _guard = threading.Lock() if _layer() == "workqueue" else nullcontext()
     return _guard
 
 

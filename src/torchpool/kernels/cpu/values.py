@@ -1,9 +1,10 @@
-"""Values of selections and linear accumulations: rows are merged vertically first, then along the last axis.
+"""Values of selections and linear accumulations: rows are merged vertically first, then along the
+last axis.
 
-One output row (all of the last axis) is one piece of work; everything it touches is a few rows in the first-level cache.
+One output row (all of the last axis) is one piece of work; everything it touches is a few rows in
+the first-level cache.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202
 from __future__ import annotations
 
 import numpy as np
@@ -23,7 +24,9 @@ from torchpool.kernels.cpu.plan import (
     START,
     STRIDE,
 )
-from torchpool.kernels.cpu.scalars import INNER, JIT, empty_row, merge, narrow, target, widen
+from torchpool.kernels.cpu.scalars import INNER, JIT, empty_row, load, merge, narrow, target, widen
+
+U = np.uint64
 
 
 @njit(**INNER)
@@ -46,7 +49,8 @@ def merge3(tag, out, a, b, c):
 
 @njit(**INNER)
 def into2(tag, out, a, b):
-    """Merges two more into what is there; apart from `merge3`, since a possible overlap would keep that from vectorising."""
+    """Merges two more into what is there; apart from `merge3`, since a possible overlap would keep
+    that from vectorising."""
     for i in range(out.size):
         out[i] = merge(tag, merge(tag, out[i], a[i]), b[i])
 
@@ -190,7 +194,8 @@ def slide(tag, v, out, geo, tab, inner):
 
 @njit(**INNER)
 def window_rows(geo, tab, unit, rows):
-    """Fills `rows` with the input rows of an output row, in row-major order. Returns how many there are."""
+    """Fills `rows` with the input rows of an output row, in row-major order. Returns how many there
+    are."""
     o2 = unit % geo[2, OUT]
     o1 = unit // geo[2, OUT] % geo[1, OUT]
     o0 = unit // (geo[2, OUT] * geo[1, OUT]) % geo[0, OUT]
@@ -217,7 +222,8 @@ def leading_count(geo, tab, column, unit):
 
 @njit(**INNER)
 def merge_rows(tag, x, rows, found, size, b0, b1, b2, v):
-    """Merges input rows vertically; returns the merged row, which is the input itself where there is only one."""
+    """Merges input rows vertically; returns the merged row, which is the input itself where there
+    is only one."""
     r0 = widen(x[rows[0] * size : rows[0] * size + size], b0)
     if found == 1:
         return r0
@@ -250,19 +256,152 @@ def count_row(geo, tab, column, inner, counts):
             counts[o * inner + c] = max(1, tab[geo[3, column] + o])
 
 
+# Leaf: windows of two or three taps on rows with inner size 1. Unsigned positions keep the check
+# for negative indices out of these loops.
+
+
+@njit(**INNER)
+def load1(v, x, a):
+    a = U(a)
+    for i in range(v.size):
+        v[i] = load(x, a + U(i))
+
+
+@njit(**INNER)
+def load2(tag, v, x, a, b):
+    a, b = U(a), U(b)
+    for i in range(v.size):
+        v[i] = merge(tag, load(x, a + U(i)), load(x, b + U(i)))
+
+
+@njit(**INNER)
+def load3(tag, v, x, a, b, c):
+    a, b, c = U(a), U(b), U(c)
+    for i in range(v.size):
+        v[i] = merge(tag, merge(tag, load(x, a + U(i)), load(x, b + U(i))), load(x, c + U(i)))
+
+
+@njit(**INNER)
+def square2(tag, out, x, a, b):
+    """2x2 windows at stride 2."""
+    a, b = U(a), U(b)
+    for i in range(out.size):
+        k = U(2) * U(i)
+        upper = merge(tag, load(x, a + k), load(x, a + k + U(1)))
+        out[i] = merge(tag, upper, merge(tag, load(x, b + k), load(x, b + k + U(1))))
+
+
+@njit(**INNER)
+def slide2(tag, out, o, n, v, at, stride):
+    o, at = U(o), U(at)
+    if stride == 1:
+        for i in range(n):
+            k = at + U(i)
+            out[o + U(i)] = merge(tag, v[k], v[k + U(1)])
+    else:
+        for i in range(n):
+            k = at + U(2) * U(i)
+            out[o + U(i)] = merge(tag, v[k], v[k + U(1)])
+
+
+@njit(**INNER)
+def slide3(tag, out, o, n, v, at, stride):
+    o, at = U(o), U(at)
+    if stride == 1:
+        for i in range(n):
+            k = at + U(i)
+            out[o + U(i)] = merge(tag, merge(tag, v[k], v[k + U(1)]), v[k + U(2)])
+    else:
+        for i in range(n):
+            k = at + U(2) * U(i)
+            out[o + U(i)] = merge(tag, merge(tag, v[k], v[k + U(1)]), v[k + U(2)])
+
+
+@njit(**INNER)
+def is_leaf(geo, inner):
+    """Whether `leaf_row` serves: at most two axes, two or three adjacent taps along the last at
+    stride 1 or 2, and up to three rows."""
+    last = (
+        (geo[3, KERNEL] == 2 or geo[3, KERNEL] == 3)
+        and 1 <= geo[3, STRIDE] <= 2
+        and geo[3, DILATION] == 1
+    )
+    return inner == 1 and last and geo[2, KERNEL] <= 3 and geo[0, SIZE] == 1 and geo[1, SIZE] == 1
+
+
+@njit(**INNER)
+def leaf_row(tag, x, out, v, base, found, step, geo, tab, lo, hi, at):
+    """One output row from `found` (1 to 3) input rows, the first at `base`; the interior lies
+    between `lo` and `hi` and begins at `at`."""
+    outs, kernel, stride = geo[3, OUT], geo[3, KERNEL], geo[3, STRIDE]
+    if found == 2 and kernel == 2 and stride == 2 and lo == 0 and hi == outs:
+        square2(tag, out, x, base + at, base + step + at)
+        return
+    if found == 1:
+        load1(v, x, base)
+    elif found == 2:
+        load2(tag, v, x, base, base + step)
+    else:
+        load3(tag, v, x, base, base + step, base + 2 * step)
+    if kernel == 2:
+        slide2(tag, out, lo, hi - lo, v, at, stride)
+    else:
+        slide3(tag, out, lo, hi - lo, v, at, stride)
+    for edge in range(lo + outs - hi):
+        o = edge if edge < lo else hi + edge - lo
+        start, first, end = tab[geo[3, START] + o], tab[geo[3, FIRST] + o], tab[geo[3, END] + o]
+        total = v[max(0, min(start + first, v.size - 1))]
+        for j in range(first + 1, end):
+            total = merge(tag, total, v[start + j])
+        out[o] = total if end > first else 0
+
+
+@njit(**INNER)
+def leaf(begin, end, tag, x, y, geo, tab, column, counts, divisor):
+    size, width = geo[3, SIZE], geo[3, OUT]
+    v, b = empty_row(x, size), empty_row(x, width)
+    scale = empty_row(x, 1)
+    lo, hi = geo[3, LO], geo[3, HI]
+    at = tab[geo[3, START] + lo] if hi > lo else 0
+    o2, outer = begin % geo[2, OUT], begin // geo[2, OUT]
+    for unit in range(begin, end):
+        row = y[unit * width : unit * width + width]
+        out = target(row, b)
+        first, found = tab[geo[2, FIRST] + o2], tab[geo[2, END] + o2] - tab[geo[2, FIRST] + o2]
+        if found <= 0:
+            out[:] = 0
+        else:
+            line = outer * geo[2, SIZE] + tab[geo[2, START] + o2] + first * geo[2, DILATION]
+            leaf_row(
+                tag, x, out, v, line * size, found, size * geo[2, DILATION], geo, tab, lo, hi, at
+            )
+            if column >= 0:
+                scale[0] = 1 if divisor != 0 else tab[geo[2, column] + o2]
+                divide(out, counts, scale[0])
+        narrow(out, row)
+        o2 += 1
+        if o2 == geo[2, OUT]:
+            o2 = 0
+            outer += 1
+
+
 @njit(**JIT)
 def values(begin, end, tag, x, y, geo, tab, inner, column, divisor):
-    """Output rows `begin .. end - 1`. A mean divides by `divisor`, or where it is 0 by the count table `column`; a `column` of -1 divides by nothing."""
+    """Output rows `begin .. end - 1`. A mean divides by `divisor`, or where it is 0 by the count
+    table `column`; a `column` of -1 divides by nothing."""
     size, width = geo[3, SIZE] * inner, geo[3, OUT] * inner
     b0, b1, b2 = empty_row(x, size), empty_row(x, size), empty_row(x, size)
     v, b3 = empty_row(x, size), empty_row(x, width)
-    counts, scale = empty_row(x, width), empty_row(x, 1)
+    counts = empty_row(x, width)
     rows = np.empty(max(1, geo[0, KERNEL] * geo[1, KERNEL] * geo[2, KERNEL]), np.int64)
     if column >= 0:
         if divisor == 0:
             count_row(geo, tab, column, inner, counts)
         else:
             counts[:] = divisor
+    if is_leaf(geo, inner):
+        leaf(begin, end, tag, x, y, geo, tab, column, counts, divisor)
+        return
     for unit in range(begin, end):
         row = y[unit * width : unit * width + width]
         out = target(row, b3)
@@ -297,7 +436,7 @@ def values_parallel(threads, units, tag, x, y, geo, tab, inner, column, divisor)
         )
 
 
-# The adjoint of a linear accumulation -------------------------------------------------------------------
+# The adjoint of a linear accumulation -------------------------------------
 
 
 @njit(**INNER)

@@ -1,0 +1,413 @@
+"""The CPU kernels against the oracle: values, winners, gradients, layouts, dtypes, threads, forks,
+the cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from torchpool import Max, Mean, Min, SoftmaxMean, Sum, Window
+from torchpool.kernels import cpu, layout
+from torchpool.kernels.cpu import threads
+from torchpool.reductions import Accumulation
+from torchpool.windows import Adaptive, Global, Windows
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+GEOMETRIES: list[tuple[tuple[int, ...], Windows]] = [
+    ((2, 3, 9, 11), Window(3, stride=2, padding=1)),
+    ((2, 3, 8, 10), Window(2)),
+    ((1, 5, 7, 6), Window(3, stride=1, padding=1)),
+    ((1, 2, 9, 8), Window((3, 2), (1, 2), ((2, 1), (3, 0)), (2, 1))),
+    ((1, 2, 11, 9), Window(5, 3, 4, ceil_mode=True)),
+    ((1, 3, 7, 9), Adaptive((3, 4))),
+    ((2, 3, 6, 6), Adaptive((3, 2))),
+    ((2, 3, 5, 6), Global()),
+    ((1, 2, 40), Window(33, 1, 16)),
+    ((1, 2, 4, 5, 4), Window(2, 1, 1)),
+    ((1, 1, 3, 3, 2, 3), Window(2, 1)),
+]
+IDS = [
+    f"{'x'.join(map(str, shape))}-{type(windows).__name__}{i}"
+    for i, (shape, windows) in enumerate(GEOMETRIES)
+]
+
+
+def positions(windows: Windows, sizes: Any) -> list[list[list[int]]]:
+    """Positions of every window per axis, by the oracle's own rules."""
+    made = []
+    for i, size in enumerate(sizes):
+        if isinstance(windows, Window):
+            axis = windows.axes(sizes)[i]
+            numbers = (axis.kernel, axis.stride, axis.before, axis.after, axis.dilation)
+            made.append(oracle.regular(size, *numbers, windows.ceil_mode))
+        elif isinstance(windows, Adaptive):
+            made.append(oracle.adaptive(size, windows.output_size[i]))  # type: ignore[index]
+        else:
+            made.append([list(range(size))])
+    return made
+
+
+def numbers(
+    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False
+) -> torch.Tensor:
+    """Small integers: many ties, exact in every dtype."""
+    x = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return layout.to_layout(x, channels_last)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what kernels shall write with values that no result has."""
+    original = layout.empty_like
+
+    def poison(*args: Any) -> torch.Tensor:
+        made = original(*args)
+        return made.fill_(float("nan") if made.dtype.is_floating_point else 77)
+
+    monkeypatch.setattr(layout, "empty_like", poison)
+
+
+def flat_winners(
+    state: torch.Tensor, taps: list[list[list[int]]], kernels: list[int], sizes: Any
+) -> np.ndarray:
+    """Flat input positions that offsets point to."""
+    flat = np.empty(state.shape, dtype=np.int64)
+    for at in np.ndindex(*state.shape):
+        rest, place, scale = int(state[at]), 0, 1
+        for axis in reversed(range(len(taps))):
+            rest, tap = divmod(rest, kernels[axis])
+            place += taps[axis][at[2 + axis]][tap] * scale
+            scale *= sizes[axis]
+        flat[at] = place
+    return flat
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("shape", "windows"), GEOMETRIES, ids=IDS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_selection(shape: tuple[int, ...], windows: Windows, channels_last: bool) -> None:
+    x = numbers(shape, torch.float32, channels_last)
+    x[(0, 0, *(0,) * (len(shape) - 3), 1)] = float("nan")
+    x[-1, -1] = -float("inf")
+    axes, taps = windows.axes(shape[2:]), positions(windows, shape[2:])
+    for reduction, name in ((Max(), "Max"), (Min(), "Min")):
+        values, indices = oracle.pool(x.double().numpy(), taps, name)
+        y, state = cpu.select(x, None, None, reduction, axes, True)
+        plain, nothing = cpu.select(x, None, None, reduction, axes, False)
+        assert nothing.numel() == 0
+        np.testing.assert_array_equal(y.numpy(), values)
+        np.testing.assert_array_equal(plain.numpy(), values)
+        found = flat_winners(state, taps, [axis.kernel for axis in axes], shape[2:])
+        np.testing.assert_array_equal(np.where(indices < 0, -1, found), indices)
+        grad = layout.to_layout(torch.randn(y.shape), channels_last)
+        expected = np.zeros((*shape[:2], int(np.prod(shape[2:]))))
+        for at in np.ndindex(*y.shape):
+            if indices[at] >= 0:
+                expected[at[0], at[1], indices[at]] += grad[at].item()
+        gx = cpu.select_backward(grad, state, None, axes)
+        np.testing.assert_allclose(gx.numpy(), expected.reshape(shape), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("shape", "windows"), GEOMETRIES, ids=IDS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_linear_accumulation(shape: tuple[int, ...], windows: Windows, channels_last: bool) -> None:
+    x = numbers(shape, torch.float32, channels_last)
+    axes, taps = windows.axes(shape[2:]), positions(windows, shape[2:])
+    for reduction, name in ((Sum(), "Sum"), (Mean(), "Mean")):
+        values, _ = oracle.pool(x.double().numpy(), taps, name)
+        y, stats = cpu.accumulate(x, None, None, None, reduction, axes, True)
+        assert stats.numel() == 0
+        np.testing.assert_allclose(y.numpy(), values, rtol=1e-5, atol=1e-6)
+        # The adjoint: <pool(x), g> = <x, backward(g)>.
+        grad = layout.to_layout(numbers(tuple(y.shape), torch.float32), channels_last)
+        gx, _, _ = cpu.accumulate_backward(
+            grad, x[:0], None, None, None, stats, reduction, axes, [True, False, False]
+        )
+        assert gx.shape == x.shape
+        torch.testing.assert_close(
+            (y.double() * grad).sum(), (x.double() * gx).sum(), rtol=1e-5, atol=1e-4
+        )
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_dtypes(dtype: torch.dtype, channels_last: bool) -> None:
+    for shape, windows in GEOMETRIES[:3]:
+        x = numbers(shape, dtype, channels_last) * 0.37
+        axes, taps = windows.axes(shape[2:]), positions(windows, shape[2:])
+        tolerance = TOLERANCE[dtype]
+        y, state = cpu.select(x, None, None, Max(), axes, True)
+        np.testing.assert_array_equal(
+            y.double().numpy(), oracle.pool(x.double().numpy(), taps, "Max")[0]
+        )
+        grad = layout.to_layout(numbers(tuple(y.shape), dtype), channels_last)
+        gx = cpu.select_backward(grad, state, None, axes)
+        assert gx.double().sum() == grad.double().sum()
+        y, stats = cpu.accumulate(x, None, None, None, Mean(), axes, True)
+        np.testing.assert_allclose(
+            y.double().numpy(),
+            oracle.pool(x.double().numpy(), taps, "Mean")[0],
+            rtol=tolerance,
+            atol=tolerance,
+        )
+        gx, _, _ = cpu.accumulate_backward(
+            grad, x[:0], None, None, None, stats, Mean(), axes, [True, False, False]
+        )
+        torch.testing.assert_close(
+            (y.double() * grad).sum(), (x.double() * gx).sum(), rtol=tolerance, atol=30 * tolerance
+        )
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
+)
+def test_integers(dtype: torch.dtype) -> None:
+    shape, windows = GEOMETRIES[0]
+    x = numbers(shape, torch.int64).abs().to(dtype)
+    axes, taps = windows.axes(shape[2:]), positions(windows, shape[2:])
+    y, _ = cpu.select(x, None, None, Max(), axes, False)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(
+        y.to(torch.int64).numpy(), oracle.pool(x.to(torch.int64).numpy(), taps, "Max")[0]
+    )
+    total, _ = cpu.accumulate(x, None, None, None, Sum(), axes, False)
+    assert total.dtype == torch.int64
+    np.testing.assert_array_equal(
+        total.numpy(), oracle.pool(x.to(torch.int64).numpy(), taps, "Sum")[0]
+    )
+
+
+def test_huge_half_values_survive() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        limits = torch.finfo(dtype)
+        row = [
+            limits.max,
+            -limits.max,
+            limits.tiny,
+            limits.smallest_normal / 4,
+            0.0,
+            -0.0,
+            float("inf"),
+            -float("inf"),
+        ]
+        x = torch.tensor(row, dtype=dtype).reshape(1, 1, -1)
+        y, _ = cpu.select(x, None, None, Max(), Window(1).axes((8,)), False)
+        assert torch.equal(y, x)
+
+
+# Accumulations from formulas --------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cubes(Accumulation):
+    """The mean of cubes: a reduction that somebody wrote for themselves."""
+
+    @staticmethod
+    def lift(x, a, p):  # type: ignore[no-untyped-def]
+        return (x * x * x,)
+
+    @staticmethod
+    def lift_dx(x, a, p):  # type: ignore[no-untyped-def]
+        return (3.0 * x * x,)
+
+    @staticmethod
+    def finish(s, n, a, p):  # type: ignore[no-untyped-def]
+        return s[0] / n
+
+    @staticmethod
+    def finish_grad(s, n, a, p):  # type: ignore[no-untyped-def]
+        return (1.0 / n,), -s[0] / n / n, 0.0
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("shape", "windows"), GEOMETRIES, ids=IDS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_softmax_mean(shape: tuple[int, ...], windows: Windows, channels_last: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = layout.to_layout(torch.randn(shape, generator=generator), channels_last)
+    mask = layout.to_layout(torch.rand(shape, generator=generator) > 0.3, channels_last)
+    weights = layout.to_layout(torch.rand(shape, generator=generator), channels_last)
+    beta = torch.linspace(0.5, 2.0, shape[1])
+    axes, taps = windows.axes(shape[2:]), positions(windows, shape[2:])
+    for chosen, weighing in ((None, None), (mask, None), (None, weights), (mask, weights)):
+        arrays = [None if t is None else t.numpy() for t in (chosen, weighing)]
+        values, _ = oracle.pool(x.double().numpy(), taps, "SoftmaxMean", beta.numpy(), *arrays)
+        y, _ = cpu.accumulate(x, chosen, weighing, beta, SoftmaxMean(), axes, True)
+        np.testing.assert_allclose(y.numpy(), values, rtol=2e-5, atol=2e-6)
+
+
+def slope(function: Any, t: torch.Tensor, direction: torch.Tensor) -> float:
+    """Directional derivative by central differences."""
+    step = 1e-6
+    return float((function(t + step * direction) - function(t - step * direction)) / (2 * step))
+
+
+@pytest.mark.parametrize("reduction", [SoftmaxMean(), Cubes()], ids=["SoftmaxMean", "own"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_formula_gradients(reduction: Accumulation, channels_last: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    shape, windows = (2, 3, 6, 7), Window(3, stride=2, padding=1)
+    axes = windows.axes(shape[2:])
+    make = {"dtype": torch.float64, "generator": generator}
+    x, weights, by_x, by_w = (
+        layout.to_layout(torch.rand(shape, **make), channels_last) for _ in range(4)
+    )
+    params = torch.rand(3, **make) + 0.5
+    by_p = torch.rand(3, **make)
+    y, stats = cpu.accumulate(x, None, weights, params, reduction, axes, True)
+    grad = layout.to_layout(torch.rand(y.shape, **make), channels_last)
+
+    def loss(x: torch.Tensor, w: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return (cpu.accumulate(x, None, w, p, reduction, axes, False)[0] * grad).sum()
+
+    gx, gw, gp = cpu.accumulate_backward(
+        grad, x, None, weights, params, stats, reduction, axes, [True, True, True]
+    )
+    assert slope(lambda t: loss(t, weights, params), x, by_x) == pytest.approx(
+        float((gx * by_x).sum()), rel=1e-5
+    )
+    assert slope(lambda t: loss(x, t, params), weights, by_w) == pytest.approx(
+        float((gw * by_w).sum()), rel=1e-5
+    )
+    assert slope(lambda t: loss(x, weights, t), params, by_p) == pytest.approx(
+        float((gp * by_p).sum()), rel=1e-5, abs=1e-8
+    )
+
+
+def test_masked_selection_and_mean() -> None:
+    shape, windows = GEOMETRIES[0]
+    for channels_last in (False, True):
+        x = numbers(shape, torch.float32, channels_last)
+        mask = layout.to_layout(
+            torch.rand(shape, generator=torch.Generator().manual_seed(4)) > 0.6, channels_last
+        )
+        x = x.masked_fill(~mask, float("nan"))
+        axes, taps = windows.axes(shape[2:]), positions(windows, shape[2:])
+        for name, y in (
+            ("Max", cpu.select(x, mask, None, Max(), axes, True)[0]),
+            ("Mean", cpu.accumulate(x, mask, None, None, Mean(), axes, False)[0]),
+        ):
+            values, _ = oracle.pool(x.double().numpy(), taps, name, mask=mask.numpy())
+            np.testing.assert_allclose(y.numpy(), values, rtol=1e-5, atol=1e-6)
+
+
+# Threads, processes, the cache --------------------------------------------
+
+
+def everything(x: torch.Tensor) -> list[torch.Tensor]:
+    """Results of every kernel, forward and backward."""
+    axes = Window(3, stride=2, padding=1).axes(x.shape[2:])
+    y, state = cpu.select(x, None, None, Max(), axes, True)
+    mean, stats = cpu.accumulate(x, None, None, None, Mean(), axes, True)
+    grads = [cpu.select_backward(y, state, None, axes)]
+    grads += cpu.accumulate_backward(
+        mean, x, None, None, None, stats, Mean(), axes, [True, False, False]
+    )
+    beta = torch.ones(1)
+    soft, stats = cpu.accumulate(x, None, None, beta, SoftmaxMean(), axes, True)
+    grads += cpu.accumulate_backward(
+        soft, x, None, None, beta, stats, SoftmaxMean(), axes, [True, False, True]
+    )
+    return [y, state, mean, soft, *grads]
+
+
+@pytest.fixture
+def large() -> torch.Tensor:
+    return torch.randn(2, 8, 65, 67, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_same_bits_from_one_and_many_threads(
+    large: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "PARALLEL_BYTES", 0)
+    many = everything(large)
+    torch.set_num_threads(1)
+    one = everything(large)
+    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_several_python_threads(large: torch.Tensor) -> None:
+    expected = everything(large)
+    failures: list[object] = []
+
+    def work() -> None:
+        for _ in range(5):
+            if not all(torch.equal(a, b) for a, b in zip(everything(large), expected, strict=True)):
+                failures.append("differs")
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("two_threads")
+def test_forked_child(large: torch.Tensor) -> None:
+    axes = Window(3, stride=2, padding=1).axes(large.shape[2:])
+    expected, _ = cpu.select(large, None, None, Max(), axes, False)
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(cpu.select(large, None, None, Max(), axes, False)[0], expected)
+        os._exit(0 if same and threads.count(1 << 30) == 1 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+_SECOND = """
+import torch
+from torchpool import Max, SoftmaxMean, Window
+from torchpool.kernels import cpu
+from torchpool.kernels.cpu import general, selection, values
+x, axes = torch.randn(1, 2, 8, 8), Window(3, 2, 1).axes((8, 8))
+cpu.select(x, None, None, Max(), axes, True)
+cpu.select(x, None, None, Max(), axes, False)
+cpu.accumulate(x, None, None, torch.ones(1), SoftmaxMean(), axes, False)
+stats = [kernel.stats for kernel in (selection.winners, values.values, general.forward)]
+print(sum(len(s.cache_misses) for s in stats), sum(len(s.cache_hits) for s in stats))
+"""
+
+
+def test_second_process_starts_from_the_cache() -> None:
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", _SECOND], capture_output=True, text=True, check=True
+        )
+    assert done.stdout.split() == ["0", "3"]
+
+
+def test_import_leaves_numba_alone() -> None:
+    code = "import sys, torchpool; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_refusals_are_reasons() -> None:
+    x, axes = torch.randn(1, 1, 4, 4), Window(2).axes((4, 4))
+    assert cpu.why_not_select(x, None, None, Max(), axes) is None
+    assert "plane" in str(cpu.why_not_select(x, None, torch.zeros(1), Max(), axes))
+    assert "complex" in str(cpu.why_not_select(x.to(torch.complex64), None, None, Max(), axes))
+    assert "at most 4 axes" in str(cpu.why_not_select(x, None, None, Max(), axes * 3))
