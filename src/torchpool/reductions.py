@@ -12,6 +12,7 @@ Write your own by subclassing `Accumulation` (a sum of lifted values, then a fin
 from __future__ import annotations
 
 import ast
+import builtins
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -134,7 +135,7 @@ def rebind(
     """
     scope = dict(formula.__globals__)
     for name in formula.__code__.co_names:
-        value = scope.get(name)
+        value = scope.get(name, getattr(builtins, name, None))
         if callable(value) and value in table:
             scope[name] = table[value]
         elif isinstance(value, FunctionType):
