@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -93,9 +94,10 @@ class Experiment:
 
     def __init__(self, plan: Plan, storage: str) -> None:
         import optuna
-        from optuna.storages import RDBStorage, RetryFailedTrialCallback
+        from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
         self.plan = plan
         connect = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {}
 
@@ -104,7 +106,7 @@ class Experiment:
                 storage,
                 heartbeat_interval=HEARTBEAT,
                 grace_period=GRACE,
-                failed_trial_callback=RetryFailedTrialCallback(),
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
                 engine_kwargs=connect,
             )
             return optuna.create_study(
