@@ -97,7 +97,7 @@ def test_masks_and_weights_hide_what_they_exclude(backend, geometry, reduction):
 
 @pytest.mark.parametrize("reduction", [*SELECTIONS, *ACCUMULATIONS], **names)
 @pytest.mark.parametrize(
-    "name", ["3x3/2 p1", "dilated", "one-sided padding", "adaptive", "1-D", "3-D"]
+    "name", ["dilated", "one-sided padding", "adaptive", "1-D"]
 )
 def test_gradients(backend, name, reduction):
     geometry = next(g for g in GEOMETRIES if g.name == name)
@@ -379,7 +379,7 @@ def problems(draw):
 
 
 @settings(
-    max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 @given(problems())
 def test_any_geometry(problem):

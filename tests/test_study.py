@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import stats
 
 from torchpool.study import data, experiment, report, statistics
-from torchpool.study.model import ARMS, Geometry, network
+from torchpool.study.model import ARMS, WIDTHS, Geometry, network
 from torchpool.study.trial import train
 
 RUN = [sys.executable, "-c", "from torchpool.cli import main; main()"]
@@ -70,7 +70,7 @@ def test_both_engines_of_an_arm_agree(arm):
     ours, theirs = (network(arm, geometry, 1, 10, engine) for engine in ("torchpool", "torch"))
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     layers = [net[3] for net in (ours, theirs)]
-    x = torch.rand(2, 16, 32, 32)
+    x = torch.rand(2, WIDTHS[0], 32, 32)
     if arm == "strided":
         layers[1].load_state_dict(layers[0].state_dict())
     if arm == "gated":

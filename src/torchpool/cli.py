@@ -63,7 +63,7 @@ def study(
         str, typer.Option(help="Poolings to compare, the first is the reference.")
     ] = DEFAULT_ARMS,
     seeds: Annotated[int, typer.Option(min=1, help="Networks trained per pooling.")] = 5,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 6,
     kernel: Annotated[int, typer.Option(min=1, help="Window, elements per axis.")] = 2,
     stride: Annotated[int, typer.Option(min=1, help="Step between windows.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import torchpool as tp
 
-WIDTHS = (16, 32, 64)
+WIDTHS = (8, 16, 32)
 """Channels of the three stages."""
 
 
