@@ -96,9 +96,7 @@ def test_masks_and_weights_hide_what_they_exclude(backend, geometry, reduction):
 
 
 @pytest.mark.parametrize("reduction", [*SELECTIONS, *ACCUMULATIONS], **names)
-@pytest.mark.parametrize(
-    "name", ["dilated", "one-sided padding", "adaptive", "1-D"]
-)
+@pytest.mark.parametrize("name", ["dilated", "one-sided padding", "adaptive", "1-D"])
 def test_gradients(backend, name, reduction):
     geometry = next(g for g in GEOMETRIES if g.name == name)
     kind = "positive" if isinstance(reduction, tp.PowerMean) else "normal"
