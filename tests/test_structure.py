@@ -12,7 +12,8 @@ import torchpool
 ROOT = Path(torchpool.__file__).parent
 FLOORS = [
     {"windows", "reductions"},
-    {"kernels", "unpool"},
+    {"kernels"},
+    {"unpool"},
     {"ops"},
     {"functional"},
     {"nn"},

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torchpool.kernels import layout, reference
 from torchpool.reductions import Accumulation, Max, Mean, Selection
@@ -29,6 +28,9 @@ def _is_plain(axis: Axis) -> bool:
     padding of at most half of it."""
     if axis.is_adaptive or axis.before != axis.after:
         return False
+    # Imported here, while exporting: it brings sympy along.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     reach = axis.dilation * (axis.kernel - 1) + 1
     floor = (axis.in_size + 2 * axis.before - reach) // axis.stride + 1
     return axis.before <= reach // 2 and statically_known_true(axis.out_size == floor)
