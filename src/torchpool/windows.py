@@ -223,9 +223,10 @@ class Window(Windows):
     Raises:
         TypeError, ValueError: naming the argument, its value and what it must be.
 
-    >>> Window(2).out_size(5), Window(2, ceil_mode=True).out_size(5), Window(3,
-    padding="same").out_size(5)
-    (2, 3, 2)
+    >>> Window(2).out_size(5), Window(2, ceil_mode=True).out_size(5)
+    (2, 3)
+    >>> Window(3, padding="same").out_size(5)
+    2
     """
 
     kernel: Size
