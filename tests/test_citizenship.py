@@ -82,7 +82,7 @@ def test_operators_pass_opcheck(layout):
     torch.library.opcheck(own.select_take.default, (x, state, None, axes))
     for reduction, p in ((tp.Mean(), None), (tp.SoftmaxMean(), torch.ones(1, requires_grad=True))):
         spec = reduction.spec
-        torch.library.opcheck(own.accumulate.default, (x, mask, weights, p, None, spec, axes, True))
+        torch.library.opcheck(own.accumulate.default, (x, torch.ones_like(mask), weights, p, None, spec, axes, True))
         y, stats = own.accumulate(x, None, None, p, None, spec, axes, True)
         grad = torch.randn_like(y).requires_grad_()
         channels_last = layout == torch.channels_last
@@ -218,6 +218,7 @@ def test_what_is_saved_for_backward():
 
 
 def _in_a_child(queue, x):
+    torch.set_num_threads(1)  # as DataLoader does: torch's own thread pool does not survive a fork
     y = tp.max_pool2d(x, 3, 2, 1)
     queue.put(float(y.sum() + tp.pool(x, tp.SoftmaxMean(), tp.Window(2)).sum()))
 

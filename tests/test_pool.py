@@ -431,7 +431,7 @@ BAD = [
     (lambda x: tp.pool(x, tp.Max(), tp.Window(0)), ValueError, "kernel=0"),
     (lambda x: tp.pool(x, tp.Max(), tp.Window(2, padding=-1)), ValueError, "padding"),
     (lambda x: tp.pool(x, tp.Max(), tp.Window(2, padding="some")), ValueError, "same_lower"),
-    (lambda x: tp.pool(x, tp.Max(), tp.Window((2, 2, 2))), ValueError, "3 axes"),
+    (lambda x: tp.pool(x, tp.Max(), tp.Window((2, 2, 2, 2))), ValueError, "4 axes"),
     (lambda x: tp.pool(x, tp.Max, tp.Window(2)), TypeError, "Max()"),
     (lambda x: tp.pool(x, tp.Max(), 2), TypeError, "windows=2"),
     (lambda x: tp.pool(x.numpy(), tp.Max(), tp.Window(2)), TypeError, "Tensor"),

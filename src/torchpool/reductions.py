@@ -83,7 +83,8 @@ class Reduction:
         `from_spec` reads it."""
         cls = type(self)
         text = f"{cls.__module__}.{cls.__qualname__}"
-        for name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+        for field in fields(self):  # type: ignore[arg-type]
+            name = field.name
             if name not in (self.parameter, "learnable"):
                 text += f"|{name}={getattr(self, name)!r}"
         return text

@@ -273,7 +273,8 @@ class Window(Windows):
         if self.padding in ("same", "same_lower"):
             out = (in_size + stride - 1) // stride
         elif self.ceil_mode:
-            out = min((room + stride - 1) // stride, (in_size + before - 1) // stride) + 1
+            begun = min((room + stride - 1) // stride, (in_size + before - 1) // stride)
+            out = max(room // stride, begun) + 1
         else:
             out = room // stride + 1
         if out < 1:

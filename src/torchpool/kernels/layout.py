@@ -58,9 +58,9 @@ def result_dtype(dtype: torch.dtype, reduction: Accumulation) -> torch.dtype:
 
 
 def empty_stats(x: Tensor, sizes: Sequence[int], reduction: Accumulation, save: bool) -> Tensor:
-    """Uninitialised room for what an accumulation saves: a, the sums and n; nothing for linear
+    """Room for what an accumulation saves: a, the sums and n; nothing for linear
     ones."""
     dtype = compute_dtype(x.dtype)
     if not save or reduction.linear:
         return x.new_empty(0, dtype=dtype)
-    return x.new_empty((reduction.num_sums + 2, *x.shape[:2], *sizes), dtype=dtype)
+    return x.new_zeros((reduction.num_sums + 2, *x.shape[:2], *sizes), dtype=dtype)
