@@ -82,7 +82,9 @@ def test_operators_pass_opcheck(layout):
     torch.library.opcheck(own.select_take.default, (x, state, None, axes))
     for reduction, p in ((tp.Mean(), None), (tp.SoftmaxMean(), torch.ones(1, requires_grad=True))):
         spec = reduction.spec
-        torch.library.opcheck(own.accumulate.default, (x, torch.ones_like(mask), weights, p, None, spec, axes, True))
+        torch.library.opcheck(
+            own.accumulate.default, (x, torch.ones_like(mask), weights, p, None, spec, axes, True)
+        )
         y, stats = own.accumulate(x, None, None, p, None, spec, axes, True)
         grad = torch.randn_like(y).requires_grad_()
         channels_last = layout == torch.channels_last

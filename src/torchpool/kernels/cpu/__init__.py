@@ -46,6 +46,8 @@ def _flat(x: Tensor, channels_last: bool) -> Any:
 def _why_not(x: Tensor, axes: Sequence[Axis]) -> str | None:
     if x.dtype not in _SERVED:
         return f"the CPU kernels do not serve {x.dtype}"
+    if any(0 in axis.counts() for axis in axes):
+        return "a window that lies in the padding alone is served by the reference"
     return (
         None
         if len(axes) <= plans.AXES
