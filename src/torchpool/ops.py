@@ -81,8 +81,10 @@ def refusals(operation: str, device: torch.device, *case: Any) -> tuple[ModuleTy
             continue
         try:
             backend = importlib.import_module(_BACKENDS[name])
-        except ImportError as error:
-            reasons[name] = f"it cannot be imported: {error}"
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("torchpool"):
+                raise
+            reasons[name] = f"{error.name} is not installed"
             continue
         reason = getattr(backend, f"why_not_{operation}")(*case)
         if reason is None:

@@ -1,9 +1,8 @@
-"""The operations on the CPU, compiled by Numba: what each call is turned into.
+"""The operations on the CPU, compiled by Numba: which kernel serves a call, and with what.
 
 Any number of pooled axes reads as four, the pooled ones last, and either layout as (outer, *S,
-inner): see `plan`. From there
-`values` serves selections without state and linear accumulations, `selection` remembers winners,
-`general` runs any other accumulation.
+inner): see `plan`. Selections and sums over small windows of contiguous rows go to `leaf`, over
+large windows to `sweep`, everything else forward to `direct`, and all gradients to `backward`.
 """
 
 from __future__ import annotations
@@ -11,56 +10,55 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchpool.kernels import layout
+from torchpool.kernels.cpu import backward as gradients
+from torchpool.kernels.cpu import direct, formulas, leaf, threads
 from torchpool.kernels.cpu import plan as plans
-from torchpool.kernels.cpu import selection, threads, values
+from torchpool.kernels.cpu.plan import PADDED, VALID, Plan
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
+from torchpool.kernels.cpu.simd import BRAIN, HALF
 from torchpool.reductions import Accumulation, Mean, Selection, Sum
 from torchpool.windows import Axis
 
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
-_WIDER = {
-    torch.bool: torch.uint8,
-    torch.int8: torch.int32,
-    torch.int16: torch.int32,
-    torch.uint16: torch.int32,
-    torch.uint32: torch.int64,
-}
-_SERVED = _FLOATS | {torch.uint8, torch.int32, torch.int64} | set(_WIDER)
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LARGEST, _SMALLEST, _TOTAL = Largest(), Smallest(), Total()
+_WORK = 4
+"""What an element of an accumulation costs, as bytes of traffic, when threads are counted."""
 
 
 def _flat(x: Tensor, channels_last: bool) -> Any:
-    """The memory of a dense tensor as a flat array; half formats as their bits."""
+    """The memory of a dense tensor as a flat array; half formats as records."""
     if channels_last:
         x = x.movedim(1, -1)
     x = x.detach().reshape(-1)
     if x.dtype == torch.bfloat16:
-        return x.view(torch.uint16).numpy()
-    return x.view(torch.int16).numpy() if x.dtype == torch.float16 else x.numpy()
+        return x.view(torch.uint16).numpy().view(BRAIN)
+    if x.dtype == torch.float16:
+        return x.view(torch.uint16).numpy().view(HALF)
+    return (x.view(torch.uint8) if x.dtype == torch.bool else x).numpy()
 
 
-def _why_not(x: Tensor, axes: Sequence[Axis]) -> str | None:
-    if x.dtype not in _SERVED:
-        return f"the CPU kernels do not serve {x.dtype}"
-    if any(0 in axis.counts() for axis in axes):
-        return "a window that lies in the padding alone is served by the reference"
-    return (
-        None
-        if len(axes) <= plans.AXES
-        else f"the CPU kernels pool at most {plans.AXES} axes, not {len(axes)}"
-    )
+def _plan(x: Tensor, axes: Sequence[Axis]) -> Plan:
+    """How the windows of a dense x (N, C, ...) are visited."""
+    n, c = x.shape[:2]
+    return plans.plan(tuple(axes), n, c, layout.is_channels_last(x))
 
 
-def _tall(geo: Any, first: int, column: int, outer: int) -> int:
-    """Number of rows: outer times the sizes of all axes but the last."""
-    rows = outer
-    for axis in range(first, plans.AXES - 1):
-        rows *= int(geo[axis, column])
-    return rows
+def _why_not(axes: Sequence[Axis]) -> str | None:
+    if len(axes) > plans.AXES:
+        return f"the CPU kernels pool at most {plans.AXES} axes, not {len(axes)}"
+    return None
+
+
+def _way(plan: Plan) -> Any:
+    if plan.by_channel:
+        return direct.ByChannel()
+    return direct.ByWindow() if plan.by_window else direct.ByOutput()
 
 
 # Selection ------------------------------------------------------------
@@ -78,7 +76,9 @@ def why_not_select(
         return "windows that differ from plane to plane are served by the reference"
     if type(reduction).key is not Selection.key:
         return f"{type(reduction).__name__} has a key of its own"
-    return _why_not(x, axes)
+    if x.dtype not in _FLOATS | _INTEGERS | {torch.bool}:
+        return f"the CPU kernels do not select among {x.dtype}"
+    return _why_not(axes)
 
 
 def select(
@@ -95,57 +95,86 @@ def select(
         x (N, C, *S) -> (N, C, *O) in the layout of x, and the offsets in the window of the same
         shape (0,) unless `save`
     """
-    if x.dtype in _WIDER:
-        y, state = select(x.to(_WIDER[x.dtype]), mask, starts, reduction, axes, save)
-        return y.to(x.dtype), state
-    channels_last = layout.is_channels_last(x)
     y = layout.empty_like(x, [axis.out_size for axis in axes])
-    state = (
-        torch.empty_like(y, dtype=layout.state_dtype(axes))
-        if save
-        else x.new_empty(0, dtype=layout.state_dtype(axes))
-    )
-    if y.numel() == 0:
-        return y, state
-    plan = plans.plan(tuple(axes))
-    outer, inner = plans.views(x, channels_last, len(axes))
-    tag = _LARGEST if reduction.largest else _SMALLEST
-    traffic = (x.numel() + y.numel()) * x.element_size()
-    offsets = _flat(state, channels_last and save)
-    if mask is not None:
-        _select_masked(x, mask, y, offsets, tag, plan, outer, inner, channels_last)
-        return y, state
-    source, result = _flat(x, channels_last), _flat(y, channels_last)
-    units = _tall(plan.geo, 0, plans.OUT, outer)
-    if not save:
-        args = (tag, source, result, plan.geo, plan.tab, inner, -1, 0.0)
-        threads.run(values.values, values.values_parallel, units, traffic, *args)
-        return y, state
-    any_empty = bool(plan.geo[:, plans.EMPTY].any())
-    args = (tag, source, result, offsets, plan.geo, plan.tab, inner, any_empty)
-    threads.run(selection.winners, selection.winners_parallel, units, traffic, *args)
+    dtype = layout.state_dtype(axes)
+    state = torch.empty_like(y, dtype=dtype) if save else x.new_empty(0, dtype=dtype)
+    if y.numel():
+        tag = _LARGEST if reduction.largest else _SMALLEST
+        kept, plan = state if save or mask is not None else None, _plan(x, axes)
+        _merge(tag, x, mask, y, kept, -1, 0.0, plan)
+        if plan.has_empty:
+            _clear_empty(y, axes)
+            _clear_empty(state, axes)
     return y, state
 
 
-def _select_masked(
-    x: Tensor,
-    mask: Tensor,
-    y: Tensor,
-    offsets: Any,
+def _clear_empty(y: Tensor, axes: Sequence[Axis]) -> None:
+    """Zeros where a window lies in the padding alone."""
+    for dim, axis in enumerate(axes, 2):
+        empty = [o for o, (first, end) in enumerate(axis.taps()) if first >= end]
+        for o in empty if y.numel() else []:
+            y.select(dim, o).zero_()
+
+
+def _merge(
     tag: Any,
-    plan: plans.Plan,
-    outer: int,
-    inner: int,
-    channels_last: bool,
+    x: Tensor,
+    mask: Tensor | None,
+    y: Tensor,
+    state: Tensor | None,
+    column: int,
+    divisor: float,
+    plan: Plan,
 ) -> None:
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    found = torch.empty_like(y, dtype=wide.dtype) if wide is not x else y
-    valid = layout.to_layout(mask, channels_last)
-    arrays = [_flat(t, channels_last) for t in (wide, valid, found)]
-    args = (tag, *arrays, offsets, plan.geo, plan.tab, inner)
-    threads.run(selection.masked, selection.masked_parallel, outer * inner, 4 * x.numel(), *args)
-    if found is not y:
-        y.copy_(found)
+    """Values of windows that are merged, and the offsets of the winners into `state`."""
+    last = layout.is_channels_last(x)
+    traffic = x.nbytes + y.nbytes
+    if plan.is_leaf and state is None and mask is None:
+        arrays = (_flat(x, last), _flat(y, last), plan.geo, plan.tab)
+        threads.run(
+            leaf.leaf, leaf.leaf_parallel, plan.rows_out, traffic, tag, *arrays, column, divisor
+        )
+        return
+    weights = None if mask is None else _flat(layout.to_layout(mask.expand(x.shape), last), last)
+    kept = state
+    if state is not None:
+        kept = _flat(state if state.numel() else torch.empty_like(y, dtype=state.dtype), last)
+    _run_direct(tag, x, weights, None, y, kept, column, divisor, plan, traffic)
+
+
+def _run_direct(
+    tag: Any,
+    x: Tensor,
+    weights: Any,
+    params: Any,
+    y: Tensor,
+    state: Any,
+    column: int,
+    divisor: float,
+    plan: Plan,
+    traffic: int,
+) -> None:
+    last = layout.is_channels_last(x)
+    threads.run(
+        direct.direct,
+        direct.direct_parallel,
+        plan.rows_out,
+        traffic,
+        _way(plan),
+        tag,
+        _flat(x, last),
+        weights,
+        params,
+        _flat(y, last),
+        state,
+        plan.geo,
+        plan.tab,
+        plan.inner,
+        x.shape[1],
+        plan.planes_each,
+        column,
+        divisor,
+    )
 
 
 def select_backward(
@@ -156,27 +185,52 @@ def select_backward(
     Shape:
         grad, state (N, C, *O) -> (N, C, *S) in the layout of the state
     """
-    channels_last = layout.is_channels_last(state)
-    grad = layout.to_layout(grad, channels_last)
+    last = layout.is_channels_last(state)
+    grad = layout.to_layout(grad, last)
     gx = layout.empty_like(state, [axis.in_size for axis in axes], grad.dtype)
-    if gx.numel() == 0:
-        return gx
-    plan = plans.plan(tuple(axes))
-    outer, inner = plans.views(grad, channels_last, len(axes))
-    arrays = [_flat(t, channels_last) for t in (grad, state, gx)]
-    units = _tall(plan.geo, 0, plans.SIZE, outer)
-    traffic = (gx.numel() + grad.numel()) * grad.element_size()
+    if gx.numel():
+        plan = _plan(gx, axes)
+        _run_backward(_LARGEST, grad, None, None, None, _flat(state, last), gx, None, -1, 0.0, plan)
+    return gx
+
+
+def _run_backward(
+    tag: Any,
+    grad: Tensor,
+    x: Any,
+    weights: Any,
+    params: Any,
+    state: Any,
+    gx: Tensor,
+    gw: Any,
+    column: int,
+    divisor: float,
+    plan: Plan,
+) -> None:
+    last = layout.is_channels_last(gx)
     threads.run(
-        selection.scatter,
-        selection.scatter_parallel,
-        units,
-        traffic,
-        *arrays,
+        gradients.backward,
+        gradients.backward_parallel,
+        plan.outer * plan.bands,
+        gx.nbytes + grad.nbytes,
+        _way(plan),
+        tag,
+        _flat(grad, last),
+        x,
+        weights,
+        params,
+        state,
+        _flat(gx, last),
+        gw,
         plan.geo,
         plan.tab,
-        inner,
+        plan.inner,
+        gx.shape[1],
+        plan.planes_each,
+        plan.band,
+        column,
+        divisor,
     )
-    return gx
 
 
 # Accumulation ---------------------------------------------------------
@@ -191,15 +245,15 @@ def why_not_accumulate(
     axes: Sequence[Axis],
 ) -> str | None:
     """Why these kernels do not serve an accumulation; None where they do."""
+    if x.dtype not in _FLOATS | _INTEGERS:
+        return f"the CPU kernels do not add {x.dtype}"
     if not _is_plain(reduction, mask, weights):
         if not x.dtype.is_floating_point:
             name = type(reduction).__name__
             return f"{name} of {x.dtype} with a mask or weights is served by the reference"
-        from torchpool.kernels.cpu import formulas
-
         kind: Any = type(reduction)
-        return formulas.why_not(kind) or _why_not(x, axes)
-    return _why_not(x, axes)
+        return formulas.why_not(kind) or _why_not(axes)
+    return _why_not(axes)
 
 
 def _is_plain(reduction: Accumulation, mask: Tensor | None, weights: Tensor | None) -> bool:
@@ -211,7 +265,7 @@ def _divisor(reduction: Accumulation) -> tuple[int, float]:
     divides by instead (0.0: none)."""
     if not isinstance(reduction, Mean):
         return -1, 0.0
-    column = plans.PADDED if reduction.count_include_pad else plans.VALID
+    column = PADDED if reduction.count_include_pad else VALID
     return column, 0.0 if reduction.divisor is None else float(reduction.divisor)
 
 
@@ -228,50 +282,30 @@ def accumulate(
 
     Shape:
         x (N, C, *S) -> (N, C, *O) in the layout of x, and what the backward pass needs (2 +
-        num_sums, N, C, *O); (0,) unless `save`
+        num_sums, N, C, *O) in the order of the values; (0,) unless `save`
     """
+    sizes = [axis.out_size for axis in axes]
     if not _is_plain(reduction, mask, weights):
-        from torchpool.kernels.cpu import general
-
-        return general.accumulate(x, mask, weights, params, reduction, axes, save)
+        y = layout.empty_like(x, sizes)
+        stats = layout.empty_stats(x, sizes, reduction, save)
+        if y.numel():
+            _accumulate_formulas(x, mask, weights, params, reduction, y, stats, _plan(x, axes))
+        return y, stats
     if not x.dtype.is_floating_point:
         return _accumulate_integers(x, reduction, axes)
-    y = layout.empty_like(x, [axis.out_size for axis in axes])
-    _accumulate_linear(x, y, axes, *_divisor(reduction))
+    y = layout.empty_like(x, sizes)
+    if y.numel():
+        _merge(_TOTAL, x, None, y, None, *_divisor(reduction), _plan(x, axes))
     return y, layout.empty_stats(x, [], reduction, False)
-
-
-def _accumulate_linear(
-    x: Tensor, y: Tensor, axes: Sequence[Axis], column: int, divisor: float
-) -> None:
-    if y.numel() == 0:
-        return
-    channels_last = layout.is_channels_last(x)
-    plan = plans.plan(tuple(axes))
-    outer, inner = plans.views(x, channels_last, len(axes))
-    args = (
-        _TOTAL,
-        _flat(x, channels_last),
-        _flat(y, channels_last),
-        plan.geo,
-        plan.tab,
-        inner,
-        column,
-        divisor,
-    )
-    traffic = (x.numel() + y.numel()) * x.element_size()
-    threads.run(
-        values.values, values.values_parallel, _tall(plan.geo, 0, plans.OUT, outer), traffic, *args
-    )
 
 
 def _accumulate_integers(
     x: Tensor, reduction: Accumulation, axes: Sequence[Axis]
 ) -> tuple[Tensor, Tensor]:
     """Sums in int64; a mean is cut towards zero, as torch does."""
-    sizes = [axis.out_size for axis in axes]
-    total = layout.empty_like(x, sizes, torch.int64)
-    _accumulate_linear(x.to(torch.int64), total, axes, -1, 0.0)
+    total = layout.empty_like(x, [axis.out_size for axis in axes], torch.int64)
+    if total.numel():
+        _merge(_TOTAL, x.to(torch.int64), None, total, None, -1, 0.0, _plan(x, axes))
     stats = layout.empty_stats(x, [], reduction, False)
     column, divisor = _divisor(reduction)
     if column < 0:
@@ -279,9 +313,55 @@ def _accumulate_integers(
     counts: Tensor | int = int(divisor) or 1
     if not divisor:
         for i, axis in enumerate(axes):
-            table = torch.tensor(axis.counts(column == plans.PADDED)).clamp(min=1)
+            table = torch.tensor(axis.counts(column == PADDED)).clamp(min=1)
             counts = counts * table.reshape(-1, *(1,) * (len(axes) - 1 - i))
     return torch.div(total, counts, rounding_mode="trunc").to(x.dtype), stats
+
+
+def _effective(
+    x: Tensor, mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, last: bool
+) -> Any:
+    """Weights that are 0 where the mask is False, in the order of x; None where all are 1."""
+    if mask is None and weights is None:
+        return None
+    if weights is None:
+        assert mask is not None
+        made = mask.to(dtype)
+    else:
+        made = weights.detach().to(dtype)
+        made = made if mask is None else made.masked_fill(~mask, 0)
+    return _flat(layout.to_layout(made.expand(x.shape), last), last)
+
+
+def _parameters(params: Tensor | None, dtype: torch.dtype) -> Any:
+    if params is None:
+        return np.zeros(1, np.float64 if dtype == torch.float64 else np.float32)
+    return params.detach().to(dtype).contiguous().reshape(-1).numpy()
+
+
+def _accumulate_formulas(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    reduction: Accumulation,
+    y: Tensor,
+    stats: Tensor,
+    plan: Plan,
+) -> None:
+    dtype = layout.compute_dtype(x.dtype)
+    kind: Any = type(reduction)
+    _run_direct(
+        formulas.tag(kind),
+        x,
+        _effective(x, mask, weights, dtype, layout.is_channels_last(x)),
+        _parameters(params, dtype),
+        y,
+        stats.reshape(-1).numpy(),
+        *_divisor(reduction),
+        plan,
+        _WORK * y.numel() * plan.taps,
+    )
 
 
 def accumulate_backward(
@@ -296,36 +376,70 @@ def accumulate_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weights and params; those not needed come as empty tensors."""
-    if not _is_plain(reduction, mask, weights):
-        from torchpool.kernels.cpu import general
-
-        return general.accumulate_backward(
-            grad, x, mask, weights, params, stats, reduction, axes, needs
-        )
-    empty = grad.new_empty(0, dtype=layout.compute_dtype(grad.dtype))
-    if not needs[0]:
-        return grad.new_empty(0), empty, empty
-    channels_last = layout.is_channels_last(grad)
+    last = layout.is_channels_last(grad)
+    dtype = layout.compute_dtype(grad.dtype)
+    empty = grad.new_empty(0, dtype=dtype)
     gx = layout.empty_like(grad, [axis.in_size for axis in axes])
-    if gx.numel():
-        plan = plans.plan(tuple(axes))
-        outer, inner = plans.views(grad, channels_last, len(axes))
-        column, divisor = _divisor(reduction)
-        args = (
-            _flat(grad, channels_last),
-            _flat(gx, channels_last),
-            plan.geo,
-            plan.tab,
-            inner,
-            column,
-            divisor,
-        )
-        traffic = (gx.numel() + grad.numel()) * grad.element_size()
-        threads.run(
-            values.adjoint,
-            values.adjoint_parallel,
-            _tall(plan.geo, 0, plans.SIZE, outer),
-            traffic,
-            *args,
-        )
-    return gx, empty, empty
+    if _is_plain(reduction, mask, weights):
+        if needs[0] and gx.numel():
+            args = (_TOTAL, grad, None, None, None, None, gx, None)
+            _run_backward(*args, *_divisor(reduction), _plan(gx, axes))
+        return gx if needs[0] else grad.new_empty(0), empty, empty
+    gw = torch.empty_like(gx, dtype=dtype) if weights is not None else empty
+    if not grad.numel() or not gx.numel():
+        gp = empty if params is None else params.new_zeros(params.shape)
+        return gx.zero_(), gw.zero_(), gp
+    if not x.numel():
+        x = torch.zeros_like(gx)
+    plan = _plan(gx, axes)
+    if not stats.numel():
+        stats = grad.new_empty((reduction.num_sums + 2) * grad.numel(), dtype=dtype)
+        y = torch.empty_like(grad)
+        _accumulate_formulas(x, mask, weights, params, reduction, y, stats, plan)
+    kind: Any = type(reduction)
+    tag, saved = formulas.tag(kind), stats.reshape(-1).numpy()
+    array, numbers = _flat(x, last), _parameters(params, dtype)
+    scale = _effective(x, mask, weights, dtype, last)
+    if needs[0] or needs[1]:
+        by_weights = None
+        if scale is not None:
+            room = gw if gw.numel() else torch.empty_like(gx, dtype=dtype)
+            by_weights = _flat(room, last)
+        inputs = (array, scale, numbers, saved)
+        divisor = _divisor(reduction)[1]
+        _run_backward(tag, grad, *inputs, gx, by_weights, -1, divisor, plan)
+    gp = _by_parameter(tag, grad, array, scale, numbers, saved, plan) if needs[2] else empty
+    return gx, gw, gp
+
+
+def _by_parameter(
+    tag: Any, grad: Tensor, x: Any, weights: Any, params: Any, saved: Any, plan: Plan
+) -> Tensor:
+    """The gradient by the parameter: sums by channel in float64, in one order whatever the number
+    of threads."""
+    n, c = grad.shape[:2]
+    last = layout.is_channels_last(grad)
+    by_p = np.empty(plan.rows_out * plan.inner, params.dtype)
+    threads.run(
+        direct.by_parameter,
+        direct.by_parameter_parallel,
+        plan.rows_out,
+        _WORK * grad.numel() * plan.taps,
+        _way(plan),
+        tag,
+        _flat(grad, last),
+        x,
+        weights,
+        params,
+        saved,
+        by_p,
+        plan.geo,
+        plan.tab,
+        plan.inner,
+        c,
+        plan.planes_each,
+    )
+    by_p = by_p.reshape(n, -1, c) if last else by_p.reshape(n, c, -1).transpose(0, 2, 1)
+    total = by_p.sum((0, 1), dtype=np.float64)
+    total = total.sum(keepdims=True) if params.size == 1 else total
+    return torch.from_numpy(total).to(layout.compute_dtype(grad.dtype))

@@ -20,6 +20,8 @@ from numba.extending import overload
 
 from torchpool import reductions
 from torchpool.kernels.cpu import scalars
+from torchpool.kernels.cpu.scalars import is_single
+from torchpool.kernels.cpu.simd import Vector, splat_as
 from torchpool.reductions import Accumulation
 
 MAX_SUMS = 4
@@ -93,9 +95,9 @@ def _single(value: Any) -> Any:
     return np.float32(value) if isinstance(value, float) else value
 
 
-def _compile(is_single: bool) -> Any:
+def _compile(single: bool) -> Any:
     def wrap(formula: FunctionType) -> Any:
-        if is_single:
+        if single:
             scope = {
                 name: _single(v) if isinstance(v, float) else v
                 for name, v in formula.__globals__.items()
@@ -104,22 +106,40 @@ def _compile(is_single: bool) -> Any:
                 co_consts=tuple(_single(c) for c in formula.__code__.co_consts)
             )
             formula = FunctionType(code, scope, formula.__name__, formula.__defaults__)
-        return njit(formula, error_model="numpy", nogil=True)
+        return njit(formula, error_model="numpy", nogil=True, forceinline=True)
 
     return wrap
 
 
 @lru_cache(maxsize=1024)
-def _formula(kind: type[Accumulation], name: str, is_single: bool) -> Any:
-    return reductions.rebind(getattr(kind, name), _TABLE, _compile(is_single))
+def _formula(kind: type[Accumulation], name: str, single: bool) -> Any:
+    return reductions.rebind(getattr(kind, name), _TABLE, _compile(single))
 
 
 def _kind(tag: Any) -> type[Accumulation]:
     return _kinds[tag.instance_class.__name__]
 
 
-def _number(like: Any) -> tuple[bool, Any]:
-    return like == types.float32, np.float32 if like == types.float32 else np.float64
+def is_tag(tag: Any) -> bool:
+    """Whether a tag's type stands for formulas."""
+    return tag.instance_class.__name__ in _kinds
+
+
+def sums_of(tag: Any) -> int:
+    """How many sums the reduction that a tag's type stands for keeps."""
+    return _kind(tag).num_sums
+
+
+def alike(number: Any, like: Any) -> Any:
+    """A number as one of the type of `like`: a scalar or a vector."""
+
+
+@overload(alike, inline="always")
+def _alike(number, like):
+    if isinstance(like, Vector):
+        return lambda number, like: splat_as(like, number)
+    dtype = np.float32 if like == types.float32 else np.float64
+    return lambda number, like: dtype(number)
 
 
 def num_sums(tag: Any) -> int:
@@ -145,54 +165,51 @@ def _anchor(tag):
 
 
 def key(tag: Any, x: Any, p: Any) -> Any:
+    """What the anchor is the largest of."""
     raise NotImplementedError
 
 
 @overload(key)
 def _key(tag, x, p):
-    is_single, number = _number(x)
-    f = _formula(_kind(tag), "key", is_single)
-    return lambda tag, x, p: number(f(x, p))
+    f = _formula(_kind(tag), "key", is_single(x))
+    return lambda tag, x, p: alike(f(x, p), x)
 
 
 def least(tag: Any, p: Any) -> Any:
+    """A window with n <= least counts as empty."""
     raise NotImplementedError
 
 
 @overload(least)
 def _least(tag, p):
-    is_single, number = _number(p)
-    f = _formula(_kind(tag), "least", is_single)
-    return lambda tag, p: number(f(p))
+    f = _formula(_kind(tag), "least", is_single(p))
+    return lambda tag, p: alike(f(p), p)
 
 
-def _padded(name: str) -> Any:
-    """An implementation of `lift` and its derivatives: four numbers, of which the first `num_sums`
-    count."""
+def _terms(name: str) -> Any:
+    """An implementation of `lift` and its derivatives: a tuple of `num_sums` terms."""
 
     def choose(tag, x, a, p):
-        is_single, number = _number(x)
         kind = _kind(tag)
-        zero = number(0)
         if getattr(kind, name) is getattr(Accumulation, name):
-            return lambda tag, x, a, p: (zero, zero, zero, zero)
-        f = _formula(kind, name, is_single)
+            return lambda tag, x, a, p: zeros(tag, x)
+        f = _formula(kind, name, is_single(x))
 
         def one(tag, x, a, p):
             t = f(x, a, p)
-            return number(t[0]), zero, zero, zero
+            return (alike(t[0], x),)
 
         def two(tag, x, a, p):
             t = f(x, a, p)
-            return number(t[0]), number(t[1]), zero, zero
+            return alike(t[0], x), alike(t[1], x)
 
         def three(tag, x, a, p):
             t = f(x, a, p)
-            return number(t[0]), number(t[1]), number(t[2]), zero
+            return alike(t[0], x), alike(t[1], x), alike(t[2], x)
 
         def four(tag, x, a, p):
             t = f(x, a, p)
-            return number(t[0]), number(t[1]), number(t[2]), number(t[3])
+            return alike(t[0], x), alike(t[1], x), alike(t[2], x), alike(t[3], x)
 
         return (one, two, three, four)[kind.num_sums - 1]
 
@@ -200,66 +217,79 @@ def _padded(name: str) -> Any:
 
 
 def lift(tag: Any, x: Any, a: Any, p: Any) -> Any:
+    """The terms of the sums."""
     raise NotImplementedError
 
 
 def lift_dx(tag: Any, x: Any, a: Any, p: Any) -> Any:
+    """Derivative of each term by x."""
     raise NotImplementedError
 
 
 def lift_dp(tag: Any, x: Any, a: Any, p: Any) -> Any:
+    """Derivative of each term by p."""
     raise NotImplementedError
 
 
-overload(lift)(_padded("lift"))
-overload(lift_dx)(_padded("lift_dx"))
-overload(lift_dp)(_padded("lift_dp"))
+overload(lift)(_terms("lift"))
+overload(lift_dx)(_terms("lift_dx"))
+overload(lift_dp)(_terms("lift_dp"))
 
 
 def finish(tag: Any, s: Any, n: Any, a: Any, p: Any) -> Any:
+    """The value of a window from its sums."""
     raise NotImplementedError
 
 
 @overload(finish)
 def _finish(tag, s, n, a, p):
-    is_single, number = _number(n)
-    kind = _kind(tag)
-    f = _formula(kind, "finish", is_single)
-    choices = (
-        lambda tag, s, n, a, p: number(f((s[0],), n, a, p)),
-        lambda tag, s, n, a, p: number(f((s[0], s[1]), n, a, p)),
-        lambda tag, s, n, a, p: number(f((s[0], s[1], s[2]), n, a, p)),
-        lambda tag, s, n, a, p: number(f(s, n, a, p)),
-    )
-    return choices[kind.num_sums - 1]
+    f = _formula(_kind(tag), "finish", is_single(n))
+    return lambda tag, s, n, a, p: alike(f(s, n, a, p), n)
 
 
 def finish_grad(tag: Any, s: Any, n: Any, a: Any, p: Any) -> Any:
-    """Derivatives by four sums, of which the first `num_sums` count, by n and by p."""
+    """Derivatives by the sums (a tuple), by n and by p."""
     raise NotImplementedError
 
 
 @overload(finish_grad)
 def _finish_grad(tag, s, n, a, p):
-    is_single, number = _number(n)
     kind = _kind(tag)
-    f = _formula(kind, "finish_grad", is_single)
-    zero = number(0)
+    f = _formula(kind, "finish_grad", is_single(n))
 
     def one(tag, s, n, a, p):
-        d, dn, dp = f((s[0],), n, a, p)
-        return number(d[0]), zero, zero, zero, number(dn), number(dp)
+        d, dn, dp = f(s, n, a, p)
+        return (alike(d[0], n),), alike(dn, n), alike(dp, n)
 
     def two(tag, s, n, a, p):
-        d, dn, dp = f((s[0], s[1]), n, a, p)
-        return number(d[0]), number(d[1]), zero, zero, number(dn), number(dp)
+        d, dn, dp = f(s, n, a, p)
+        return (alike(d[0], n), alike(d[1], n)), alike(dn, n), alike(dp, n)
 
     def three(tag, s, n, a, p):
-        d, dn, dp = f((s[0], s[1], s[2]), n, a, p)
-        return number(d[0]), number(d[1]), number(d[2]), zero, number(dn), number(dp)
+        d, dn, dp = f(s, n, a, p)
+        return (alike(d[0], n), alike(d[1], n), alike(d[2], n)), alike(dn, n), alike(dp, n)
 
     def four(tag, s, n, a, p):
         d, dn, dp = f(s, n, a, p)
-        return number(d[0]), number(d[1]), number(d[2]), number(d[3]), number(dn), number(dp)
+        return (
+            (alike(d[0], n), alike(d[1], n), alike(d[2], n), alike(d[3], n)),
+            alike(dn, n),
+            alike(dp, n),
+        )
 
     return (one, two, three, four)[kind.num_sums - 1]
+
+
+def zeros(tag: Any, like: Any) -> Any:
+    """As many zeros as there are sums, of the type of `like`."""
+    raise NotImplementedError
+
+
+@overload(zeros)
+def _zeros(tag, like):
+    return (
+        lambda tag, like: (alike(0, like),),
+        lambda tag, like: (alike(0, like), alike(0, like)),
+        lambda tag, like: (alike(0, like), alike(0, like), alike(0, like)),
+        lambda tag, like: (alike(0, like), alike(0, like), alike(0, like), alike(0, like)),
+    )[_kind(tag).num_sums - 1]

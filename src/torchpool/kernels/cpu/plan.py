@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,16 +10,17 @@ import numpy as np
 
 from torchpool.windows import Axis
 
-# Columns of `Plan.geo`, one row per axis. LO and HI bound the outputs whose window lies inside the
-# input; the rest are offsets into `Plan.tab`.
+# Columns of `Plan.geo`, one row per axis; those from START on are offsets into `Plan.tab`.
 (
     SIZE,
     OUT,
     KERNEL,
     STRIDE,
     DILATION,
+    BEFORE,
     LO,
     HI,
+    EMPTY,
     START,
     FIRST,
     END,
@@ -28,8 +29,6 @@ from torchpool.windows import Axis
     COVER,
     COVER_OUT,
     COVER_TAP,
-    EMPTY,
-    REACH,
 ) = range(17)
 COLUMNS = 17
 AXES = 4
@@ -37,59 +36,148 @@ _TRIVIAL = Axis(1, 1, 1, 1, 1, 0, 0)
 
 
 class Plan(NamedTuple):
-    """Tables of some windows.
+    """Windows over the memory of a dense tensor, read as (outer, *S, inner) with four axes.
 
-    `geo` (4, 17) int64: numbers of each axis. `tab` int64, of each axis: START, FIRST and END
-    (range of valid taps), VALID and PADDED (counts)
-    per output; the outputs that cover input i, in order, at COVER[i] .. COVER[i + 1] of COVER_OUT
-    and COVER_TAP.
+    Axes along which nothing is pooled are a part of `outer` and `inner`.
+
+    `geo` (4, 17) int64: numbers of each axis; LO and HI bound the outputs whose window lies inside
+    the input, EMPTY says whether some window lies outside, BEFORE is the padding. `tab` int64, of
+    each axis: START, FIRST and END (range of valid taps), VALID and PADDED (counts) per output; the
+    outputs that cover input i, in order, at COVER[i] .. COVER[i + 1] of COVER_OUT and COVER_TAP.
+
+    `by_channel` and `by_window` say what the lanes of a vector are (else windows side by side),
+    `is_leaf` whether windows are small and lie on contiguous rows. `taps` is the size of a window,
+    `planes_each` how many planes of `outer` a channel has (0: channels are the fastest axis). A
+    band is so many positions along the leading axis.
     """
 
     geo: Any
     tab: Any
+    outer: int
+    inner: int
+    rows_out: int
+    planes_each: int
     taps: int
-    num_in: int
-    num_out: int
+    by_channel: bool
+    by_window: bool
+    is_leaf: bool
+    has_empty: bool
+    band: int
+    bands: int
 
 
-def regular(axis: Axis) -> Axis:
+def _regular(axis: Axis) -> Axis:
     """An adaptive axis whose sizes divide has windows at a regular stride."""
-    if (
-        axis.stride == 0
-        and axis.out_size > 0
-        and axis.in_size % axis.out_size == 0
-        and axis.in_size > 0
-    ):
-        step = axis.in_size // axis.out_size
-        return axis._replace(kernel=step, stride=step)
-    return axis
+    divides = axis.is_adaptive and axis.kernel * axis.out_size == axis.in_size > 0
+    return axis._replace(stride=axis.kernel) if divides else axis
+
+
+def _is_whole(axis: Axis) -> bool:
+    return axis.out_size == 1 and axis.kernel == axis.in_size and not (axis.before or axis.after)
+
+
+def _is_idle(axis: Axis) -> bool:
+    return axis.kernel == axis.stride == 1 and axis.in_size == axis.out_size and not axis.before
+
+
+def _merged(first: Axis, whole: Axis) -> Axis:
+    """Two axes, the second wholly inside each window, as one axis."""
+    size = whole.in_size
+    return Axis(
+        first.in_size * size,
+        first.out_size,
+        first.kernel * size,
+        first.stride * size,
+        1,
+        first.before * size,
+        first.after * size,
+    )
+
+
+def _canonical(axes: tuple[Axis, ...]) -> tuple[list[Axis], int, int]:
+    """The same windows with as few axes as possible, and the factors of outer and inner."""
+    kept: list[Axis] = []
+    for axis in map(_regular, axes):
+        previous = kept[-1] if kept else None
+        if (
+            previous is not None
+            and not previous.is_adaptive
+            and (previous.dilation == 1 or previous.kernel == 1)
+            and not _is_idle(previous)
+            and _is_whole(axis)
+            and axis.dilation == 1
+        ):
+            kept[-1] = _merged(previous, axis)
+        else:
+            kept.append(axis)
+    outer = inner = 1
+    while len(kept) > 1 and _is_idle(kept[0]):
+        outer *= kept.pop(0).in_size
+    while len(kept) > 1 and _is_idle(kept[-1]):
+        inner *= kept.pop().in_size
+    return kept, outer, inner
 
 
 @lru_cache(maxsize=512)
-def plan(axes: tuple[Axis, ...]) -> Plan:
-    """The tables of these axes."""
-    padded = (_TRIVIAL,) * (AXES - len(axes)) + tuple(regular(axis) for axis in axes)
+def plan(axes: tuple[Axis, ...], planes: int, channels: int, channels_last: bool) -> Plan:
+    """How the windows of a dense tensor of `planes` times `channels` planes are visited."""
+    kept, more_outer, more_inner = _canonical(axes)
+    outer, inner = (planes, channels) if channels_last else (planes * channels, 1)
+    outer, inner = outer * more_outer, inner * more_inner
+    padded = (*(_TRIVIAL,) * (AXES - len(kept)), *kept)
     geo = np.zeros((AXES, COLUMNS), np.int64)
     parts: list[Any] = []
     at = 0
     for row, axis in zip(geo, padded, strict=True):
         tables = _tables(axis)
         row[SIZE], row[OUT], row[KERNEL], row[STRIDE], row[DILATION] = axis[:5]
-        row[LO], row[HI] = _interior(axis, tables[1], tables[2])
+        row[BEFORE] = axis.before
+        row[LO], row[HI] = (0, axis.out_size) if _is_idle(axis) else _interior(axis, *tables[1:3])
         row[EMPTY] = int((tables[1] == tables[2]).any())
-        row[REACH] = (axis.kernel - 1) * axis.dilation + 1
-        for column, table in zip(range(START, COVER_TAP + 1), tables, strict=True):
+        for column, table in zip(range(START, COLUMNS), tables, strict=True):
             row[column] = at
             at += len(table)
         parts += tables
-    taps = 1
-    for axis in axes:
-        taps *= axis.kernel
-    num_in, num_out = (int(np.prod([axis[i] for axis in axes], dtype=np.int64)) for i in (0, 1))
-    return Plan(geo, np.concatenate(parts), taps, num_in, num_out)
+    last = padded[-1]
+    is_long = last.kernel >= LONG and 4 * last.stride >= last.kernel
+    band, bands = _bands(geo, inner)
+    return Plan(
+        geo,
+        np.concatenate(parts),
+        outer,
+        inner,
+        outer * math.prod(int(out) for out in geo[:-1, OUT]),
+        0 if channels_last else more_outer,
+        math.prod(axis.kernel for axis in axes),
+        inner > 1,
+        inner == 1 and (last.is_adaptive or is_long),
+        inner == 1 and last.kernel <= 3 and last.dilation == 1 and last.stride in (1, 2),
+        bool(geo[:, EMPTY].any()),
+        band,
+        bands,
+    )
+
+
+LONG = 16
+"""Windows of so many taps are read along themselves, unless they overlap much."""
+SCRATCH = 1 << 15
+"""Elements of the shares of a band that stay in the second cache."""
+
+
+def _bands(geo: Any, inner: int) -> tuple[int, int]:
+    """Positions of a band along the leading axis, and how many bands a plane has."""
+    lead = next((a for a in range(2) if geo[a, SIZE] > 1 or geo[a, OUT] > 1), 2)
+    size, kernel = int(geo[lead, SIZE]), int(geo[lead, KERNEL])
+    stride = max(1, int(geo[lead, STRIDE]))
+    row = int(geo[-1, OUT]) * inner * math.prod(int(out) for out in geo[lead + 1 : -1, OUT])
+    most = SCRATCH // max(1, row) * stride
+    band = max(1, min(size, max(most, 2 * kernel, 8), -(-size // 2) if size > 8 else size))
+    return band, -(-size // band)
 
 
 def _tables(axis: Axis) -> list[Any]:
+    if _is_idle(axis):  # kernels do not ask, and there may be millions of rows
+        return [np.empty(0, np.int64)] * (COLUMNS - START)
     outs = np.arange(axis.out_size)
     taps = np.array(axis.taps(), np.int64).reshape(-1, 2)
     start = np.array(axis.starts(), np.int64)
@@ -113,14 +201,3 @@ def _interior(axis: Axis, first: Any, end: Any) -> tuple[int, int]:
         return 0, 0
     whole = np.flatnonzero((first == 0) & (end == axis.kernel))
     return (int(whole[0]), int(whole[-1]) + 1) if len(whole) else (0, 0)
-
-
-def views(x: Any, channels_last: bool, num_axes: int) -> tuple[int, int]:
-    """How a dense (N, C, *S) reads as (outer, *S, inner): the sizes of outer and inner."""
-    n, c = x.shape[:2]
-    return (n, c) if channels_last else (n * c, 1)
-
-
-def leading(axes: Sequence[Axis]) -> int:
-    """The row of the first pooled axis in `Plan.geo`."""
-    return AXES - len(axes)

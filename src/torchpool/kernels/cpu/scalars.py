@@ -1,7 +1,7 @@
-"""Numbers inside kernels: merging two candidates, half formats, and exponentials that vectorise.
+"""Numbers inside kernels: merging candidates, and elementary functions, on scalars and on vectors.
 
-Half formats travel as their bits, so that the array's type tells them apart: bfloat16 as uint16,
-float16 as int16. Both compute in float32.
+The elementary functions are polynomials in float32, where they run on whole vectors, and the C
+library's in float64.
 """
 
 from __future__ import annotations
@@ -14,11 +14,33 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload, register_jitable
 
-INNER: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-"""Options of functions that only other kernels call: what is cached on disk is the kernel that
-holds them."""
+from torchpool.kernels.cpu import simd
+from torchpool.kernels.cpu.simd import (
+    Vector,
+    choose,
+    later_max,
+    later_min,
+    load_as,
+    or_nan,
+    splat_as,
+)
 
-JIT: dict[str, Any] = {"cache": True, **INNER}
+_COMMON: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+
+INNER: dict[str, Any] = {
+    **_COMMON,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "forceinline": True,
+    "_nrt": False,
+}
+"""Options of functions that become a part of the kernels that call them: what is cached on disk is
+the kernel that holds them. They allocate nothing, so that arrays need not be counted."""
+
+APART: dict[str, Any] = {**INNER, "forceinline": False}
+"""The same for long functions that are called seldom, or from several places."""
+
+JIT: dict[str, Any] = {"cache": True, **_COMMON}
 """Options of kernels."""
 
 
@@ -59,289 +81,149 @@ def merge(tag: Any, first: Any, second: Any) -> Any:
 
 @overload(merge)
 def _merge(tag, first, second):
-    if tag.instance_class is Largest:
-        return lambda tag, first, second: second if (second > first) | (second != second) else first
-    if tag.instance_class is Smallest:
-        return lambda tag, first, second: second if (second < first) | (second != second) else first
     if tag.instance_class is Total:
         return lambda tag, first, second: first + second
-    return None
+    largest = tag.instance_class is Largest
+    if not isinstance(first, Vector):
+        if largest:
+            return lambda tag, first, second: (
+                second if (second > first) | (second != second) else first
+            )
+        return lambda tag, first, second: second if (second < first) | (second != second) else first
+    if largest:
+        return lambda tag, first, second: or_nan(later_max(first, second), first, second)
+    return lambda tag, first, second: or_nan(later_min(first, second), first, second)
 
 
-# Bits -------------------------------------------------------------------
+def merge3(tag: Any, first: Any, second: Any, third: Any) -> Any:
+    """Three vectors of candidates as one: a NaN in the first stays by itself, one comparison finds
+    those of the others."""
+
+
+@overload(merge3)
+def _merge3(tag, first, second, third):
+    if tag.instance_class is Total:
+        return lambda tag, first, second, third: first + second + third
+    if tag.instance_class is Largest:
+        return lambda tag, first, second, third: or_nan(
+            later_max(later_max(first, second), third), second, third
+        )
+    return lambda tag, first, second, third: or_nan(
+        later_min(later_min(first, second), third), second, third
+    )
+
+
+def identity(tag: Any, like: Any) -> Any:
+    """What never changes a merge, in the format that `like` is computed in: what padding holds."""
+
+
+@overload(identity)
+def _identity(tag, like):
+    dtype = simd.computed(like.dtype)
+    if tag.instance_class is Total:
+        return lambda tag, like: dtype(0)
+    low, high = (
+        (-np.inf, np.inf) if isinstance(dtype, types.Float) else (dtype.minval, dtype.maxval)
+    )
+    number = low if tag.instance_class is Largest else high
+    return lambda tag, like: dtype(number)
+
+
+def over(total: Any, counts: Any, at: Any, scale: Any) -> Any:
+    """A vector of totals over their counts, times `scale`; integers stay totals."""
+
+
+@overload(over)
+def _over(total, counts, at, scale):
+    if not simd.is_float(total.dtype):
+        return lambda total, counts, at, scale: total
+    return lambda total, counts, at, scale: total / (load_as(counts, at, total) * scale)
+
+
+# Single elements --------------------------------------------------------------------
 
 
 @intrinsic
-def bits_of(context: Any, value: Any):
-    """The bits of a float32 as uint32."""
+def _float_of_brain(typingctx: Any, raw: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
+        return builder.bitcast(wide, ir.FloatType())
 
-    def build(context, builder, signature, args):
+    return types.float32(types.uint16), build
+
+
+@intrinsic
+def _float_of_half(typingctx: Any, raw: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), build
+
+
+def element(x: Any, i: Any) -> Any:
+    """One element in the format that is computed in."""
+    return x[i]
+
+
+@overload(element)
+def _element(x, i):
+    if not isinstance(x.dtype, types.Record):
+        return lambda x, i: x[i]
+    if "float16" in x.dtype.fields:
+        return lambda x, i: _float_of_half(x[i].float16)
+    return lambda x, i: _float_of_brain(x[i].bfloat16)
+
+
+def empty_buffer(like: Any, size: int) -> Any:
+    """An uninitialised array of the format that `like` is computed in, beginning where a vector
+    may."""
+
+
+@overload(empty_buffer)
+def _empty_buffer(like, size):
+    dtype = simd.computed(like.dtype)
+    return lambda like, size: np.empty(size, dtype)
+
+
+# Elementary functions -----------------------------------------------------------------
+
+
+@intrinsic
+def _scalar_bits(typingctx: Any, value: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
 
-    return types.uint32(types.float32), build
+    return types.int32(types.float32), build
 
 
 @intrinsic
-def float_of(context: Any, bits: Any):
-    """The float32 of uint32 bits."""
-
-    def build(context, builder, signature, args):
+def _scalar_float(typingctx: Any, bits: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
-    return types.float32(types.uint32), build
+    return types.float32(types.int32), build
 
 
-_U = np.uint32
+def bits_of(x: Any) -> Any:
+    """The bits of a float32 as int32."""
 
 
-@njit(**INNER)
-def half_to_float(h):
-    magnitude = _U(h & 0x7FFF) << _U(13)
-    scaled = bits_of(float_of(_U(magnitude)) * np.float32(2.0**112))
-    special = _U(0x7F800000) if (h & 0x7C00) == 0x7C00 else _U(0)
-    return float_of(_U(scaled | special | (_U(h & 0x8000) << _U(16))))
+@overload(bits_of)
+def _bits_of(x):
+    if isinstance(x, Vector):
+        return lambda x: simd.bits_of(x)
+    return lambda x: _scalar_bits(x)
 
 
-@njit(**INNER)
-def float_to_half(f):
-    bits = bits_of(f)
-    sign = _U(bits & _U(0x80000000))
-    bits = _U(bits ^ sign)
-    huge = _U(0x7E00) if bits > _U(0x7F800000) else _U(0x7C00)
-    tiny = _U(bits_of(float_of(bits) + np.float32(0.5)) - _U(0x3F000000))
-    usual = _U(_U(bits + _U(0xC8000FFF) + _U((bits >> _U(13)) & _U(1))) >> _U(13))
-    rounded = huge if bits >= _U(0x47800000) else (tiny if bits < _U(0x38800000) else usual)
-    return _U(rounded | _U(sign >> _U(16)))
+def float_of(bits: Any) -> Any:
+    """The float32 of int32 bits."""
 
 
-@njit(**INNER)
-def float_to_brain(f):
-    bits = bits_of(f)
-    rounded = _U(_U(bits + _U(0x7FFF) + _U((bits >> _U(16)) & _U(1))) >> _U(16))
-    return _U(_U(bits >> _U(16)) | _U(0x40)) if f != f else rounded
-
-
-# Rows: a stretch of memory in storage format, or in the format that is computed in -------
-
-
-def empty_row(like: Any, size: int) -> Any:
-    """A buffer of the format that `like` is computed in."""
-
-
-@overload(empty_row)
-def _empty_row(like, size):
-    if like.dtype in (types.uint16, types.int16):
-        return lambda like, size: np.empty(size, np.float32)
-    return lambda like, size: np.empty(size, like.dtype)
-
-
-def widen(row: Any, buffer: Any) -> Any:
-    """The row in the format that is computed in: the row itself, or converted into the buffer."""
-
-
-@overload(widen)
-def _widen(row, buffer):
-    if row.dtype == types.uint16:
-
-        def brain(row, buffer):
-            for i in range(row.size):
-                buffer[i] = float_of(_U(_U(row[i]) << _U(16)))
-            return buffer[: row.size]
-
-        return brain
-    if row.dtype == types.int16:
-
-        def half(row, buffer):
-            for i in range(row.size):
-                buffer[i] = half_to_float(np.int32(row[i]))
-            return buffer[: row.size]
-
-        return half
-    return lambda row, buffer: row
-
-
-def target(row: Any, buffer: Any) -> Any:
-    """Where a result row is computed: in place, or in the buffer that `narrow` then converts."""
-
-
-@overload(target)
-def _target(row, buffer):
-    if row.dtype in (types.uint16, types.int16):
-        return lambda row, buffer: buffer[: row.size]
-    return lambda row, buffer: row
-
-
-def narrow(values: Any, row: Any) -> None:
-    """Rounds computed values into a row of storage; nothing where `target` was the row itself."""
-
-
-@overload(narrow)
-def _narrow(values, row):
-    if row.dtype == types.uint16:
-
-        def brain(values, row):
-            for i in range(row.size):
-                row[i] = np.uint16(float_to_brain(values[i]))
-
-        return brain
-    if row.dtype == types.int16:
-
-        def half(values, row):
-            for i in range(row.size):
-                row[i] = np.int16(float_to_half(values[i]))
-
-        return half
-    return lambda values, row: None
-
-
-# Elementary functions: polynomials in float32 (an order of magnitude faster, since they vectorise),
-# the C library in float64 ----------
-
-_LOG2E = np.float32(1.4426950408889634)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
-_MAGIC = np.float32(12582912.0)
-_ONE = np.float32(1.0)
-_HALF = np.float32(0.5)
-
-
-@register_jitable
-def _reduced(t):
-    """exp(t) - 1 of the remainder of t modulo log 2, and the exponent as two powers of two."""
-    t = np.float32(-104.0) if t < np.float32(-104.0) else t
-    t = np.float32(89.0) if t > np.float32(89.0) else t
-    z = t * _LOG2E + _MAGIC
-    n = z - _MAGIC
-    r = (t - n * _LN2_HIGH) - n * _LN2_LOW
-    q = np.float32(1.9875691500e-4)
-    q = q * r + np.float32(1.3981999507e-3)
-    q = q * r + np.float32(8.3334519073e-3)
-    q = q * r + np.float32(4.1665795894e-2)
-    q = q * r + np.float32(1.6666665459e-1)
-    q = q * r + np.float32(5.0000001201e-1)
-    m = q * r * r + r
-    k = np.int32(np.int32(bits_of(z)) - np.int32(0x4B400000))
-    low = np.int32(k >> np.int32(1))
-    first = float_of(_U(np.int32(low + np.int32(127)) << np.int32(23)))
-    second = float_of(_U(np.int32(np.int32(k - low) + np.int32(127)) << np.int32(23)))
-    return m, first, second
-
-
-def exp(t: Any) -> Any:
-    """e^t."""
-    return math.exp(t)
-
-
-@overload(exp)
-def _exp(t):
-    if t == types.float32:
-
-        def polynomial(t):
-            m, first, second = _reduced(t)
-            return (m * first + first) * second
-
-        return polynomial
-    return lambda t: math.exp(t)
-
-
-def expm1(t: Any) -> Any:
-    """e^t - 1, precise near 0."""
-    return math.expm1(t)
-
-
-@overload(expm1)
-def _expm1(t):
-    if t == types.float32:
-
-        def polynomial(t):
-            m, first, second = _reduced(t)
-            scale = first * second
-            return (m * first) * second + (scale - _ONE)
-
-        return polynomial
-    return lambda t: math.expm1(t)
-
-
-def log(x: Any) -> Any:
-    """The natural logarithm; -inf at 0, NaN below."""
-    return math.log(x)
-
-
-@register_jitable
-def _log_normal(x):
-    """log of a positive normal or infinite float32."""
-    bits = np.int32(bits_of(x))
-    e = np.int32(np.int32(bits - np.int32(0x3F3504F3)) >> np.int32(23))
-    f = float_of(_U(np.int32(bits - np.int32(e << np.int32(23))))) - _ONE
-    q = np.float32(7.0376836292e-2)
-    q = q * f + np.float32(-1.1514610310e-1)
-    q = q * f + np.float32(1.1676998740e-1)
-    q = q * f + np.float32(-1.2420140846e-1)
-    q = q * f + np.float32(1.4249322787e-1)
-    q = q * f + np.float32(-1.6668057665e-1)
-    q = q * f + np.float32(2.0000714765e-1)
-    q = q * f + np.float32(-2.4999993993e-1)
-    q = q * f + np.float32(3.3333331174e-1)
-    square = f * f
-    n = np.float32(e)
-    return (f + (q * f * square + n * _LN2_LOW - _HALF * square)) + n * _LN2_HIGH
-
-
-@overload(log)
-def _log(x):
-    if x == types.float32:
-
-        def polynomial(x):
-            small = x < np.float32(1.1754944e-38)
-            scaled = x * np.float32(8388608.0) if small else x
-            y = _log_normal(scaled) - (np.float32(15.942385) if small else np.float32(0.0))
-            y = y if x < np.float32(np.inf) else x
-            y = (
-                y
-                if x > np.float32(0.0)
-                else (np.float32(-np.inf) if x == np.float32(0.0) else np.float32(np.nan))
-            )
-            return y if x == x else x
-
-        return polynomial
-
-    def library(x):
-        return math.log(x) if x > 0 else (-np.inf if x == 0 else np.nan)
-
-    return library
-
-
-def log1p(x: Any) -> Any:
-    """log(1 + x), precise near 0."""
-    return math.log1p(x)
-
-
-@overload(log1p)
-def _log1p(x):
-    if x == types.float32:
-
-        def polynomial(x):
-            u = _ONE + x
-            y = log(u)
-            lost = ((u - _ONE) - x) / u
-            return y - lost if (u > np.float32(0.0)) & (u < np.float32(np.inf)) else y
-
-        return polynomial
-
-    def library(x):
-        return math.log1p(x) if x > -1 else (-np.inf if x == -1 else np.nan)
-
-    return library
-
-
-def sqrt(x: Any) -> Any:
-    """The square root; NaN below 0."""
-    return math.sqrt(x)
-
-
-@overload(sqrt)
-def _sqrt(x):
-    return lambda x: np.sqrt(x)
+@overload(float_of)
+def _float_of(bits):
+    if isinstance(bits, Vector):
+        return lambda bits: simd.float_of(bits)
+    return lambda bits: _scalar_float(np.int32(bits))
 
 
 def where(condition: Any, yes: Any, no: Any) -> Any:
@@ -351,18 +233,219 @@ def where(condition: Any, yes: Any, no: Any) -> Any:
 
 @overload(where)
 def _where(condition, yes, no):
-    return lambda condition, yes, no: yes if condition else no
+    if not isinstance(condition, Vector):
+        if isinstance(yes, Vector) and not isinstance(no, Vector):
+            return lambda condition, yes, no: yes if condition else splat_as(yes, no)
+        if isinstance(no, Vector) and not isinstance(yes, Vector):
+            return lambda condition, yes, no: splat_as(no, yes) if condition else no
+        return lambda condition, yes, no: yes if condition else no
+    if isinstance(yes, Vector):
+        return lambda condition, yes, no: choose(condition, yes, splat_as(yes, no))
+    if isinstance(no, Vector):
+        return lambda condition, yes, no: choose(condition, splat_as(no, yes), no)
+    return lambda condition, yes, no: choose(
+        condition, _constant(condition, yes), _constant(condition, no)
+    )
 
 
-def load(x: Any, i: Any) -> Any:
-    """One element in the format that is computed in."""
-    return x[i]
+@intrinsic
+def _constant(typingctx: Any, condition: Any, number: Any) -> Any:
+    """A number in as many lanes as a mask has."""
+    vector = Vector(types.float32 if condition.lanes == 16 else types.float64, condition.lanes)
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.cast(builder, args[1], number, vector)
+
+    return vector(condition, number), build
 
 
-@overload(load)
-def _load(x, i):
-    if x.dtype == types.uint16:
-        return lambda x, i: float_of(_U(_U(x[i]) << _U(16)))
-    if x.dtype == types.int16:
-        return lambda x, i: half_to_float(np.int32(x[i]))
-    return lambda x, i: x[i]
+def is_single(x: Any) -> bool:
+    """Whether a Numba type is a float32 or a vector of them."""
+    return (x.dtype if isinstance(x, Vector) else x) == types.float32
+
+
+def _by_lane(function: Any) -> Any:
+    """A function of float64 scalars on each lane of a vector."""
+    scalar = njit(function, **APART)
+
+    def run(x):
+        y = x
+        for i in range(simd.width(x)):
+            y = simd.with_lane(y, i, scalar(simd.lane(x, i)))
+        return y
+
+    return run
+
+
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+_MAGIC = np.float32(12582912.0)
+_ONE = np.float32(1.0)
+_HALF = np.float32(0.5)
+_ZERO = np.float32(0.0)
+_INF = np.float32(np.inf)
+_NAN = np.float32(np.nan)
+_LEAST, _MOST = np.float32(-104.0), np.float32(89.0)
+_E = tuple(
+    np.float32(c)
+    for c in (
+        1.9875691500e-4,
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    )
+)
+_L = tuple(
+    np.float32(c)
+    for c in (
+        7.0376836292e-2,
+        -1.1514610310e-1,
+        1.1676998740e-1,
+        -1.2420140846e-1,
+        1.4249322787e-1,
+        -1.6668057665e-1,
+        2.0000714765e-1,
+        -2.4999993993e-1,
+        3.3333331174e-1,
+    )
+)
+_TINY, _TWO23 = np.float32(1.1754944e-38), np.float32(8388608.0)
+_LOG_TWO23 = np.float32(15.942385)
+
+
+@register_jitable
+def _reduced(t):
+    """exp(t) - 1 of the remainder of t modulo log 2, and the exponent as two powers of two."""
+    t = where(t < _LEAST, _LEAST, t)
+    t = where(t > _MOST, _MOST, t)
+    z = t * _LOG2E + _MAGIC
+    n = z - _MAGIC
+    r = (t - n * _LN2_HIGH) - n * _LN2_LOW
+    q = ((((r * _E[0] + _E[1]) * r + _E[2]) * r + _E[3]) * r + _E[4]) * r + _E[5]
+    m = q * r * r + r
+    k = bits_of(z) - 0x4B400000
+    low = k >> 1
+    return m, float_of((low + 127) << 23), float_of((k - low + 127) << 23)
+
+
+def exp(x: Any) -> Any:
+    """e^x."""
+    return math.exp(x)
+
+
+@overload(exp)
+def _exp(x):
+    if is_single(x):
+
+        def polynomial(x):
+            m, first, second = _reduced(x)
+            return (m * first + first) * second
+
+        return polynomial
+    return _by_lane(lambda x: math.exp(x)) if isinstance(x, Vector) else lambda x: math.exp(x)
+
+
+def expm1(x: Any) -> Any:
+    """e^x - 1, precise near 0."""
+    return math.expm1(x)
+
+
+@overload(expm1)
+def _expm1(x):
+    if is_single(x):
+
+        def polynomial(x):
+            m, first, second = _reduced(x)
+            return (m * first) * second + (first * second - _ONE)
+
+        return polynomial
+    return _by_lane(lambda x: math.expm1(x)) if isinstance(x, Vector) else lambda x: math.expm1(x)
+
+
+@register_jitable
+def _log_normal(x):
+    """log of a positive normal or infinite float32."""
+    bits = bits_of(x)
+    e = (bits - 0x3F3504F3) >> 23
+    f = float_of(bits - (e << 23)) - _ONE
+    q = f * _L[0] + _L[1]
+    q = ((((((q * f + _L[2]) * f + _L[3]) * f + _L[4]) * f + _L[5]) * f + _L[6]) * f + _L[7]) * f
+    q = q + _L[8]
+    square = f * f
+    n = float_from(e, f)
+    return (f + (q * f * square + n * _LN2_LOW - square * _HALF)) + n * _LN2_HIGH
+
+
+def float_from(number: Any, like: Any) -> Any:
+    """An integer (or a vector of them) as a number of the type of `like`."""
+
+
+@overload(float_from)
+def _float_from(number, like):
+    if isinstance(like, Vector):
+        return lambda number, like: simd.converted(number, like)
+    return lambda number, like: np.float32(number)
+
+
+def log(x: Any) -> Any:
+    """The natural logarithm; -inf at 0, NaN below."""
+    return math.log(x)
+
+
+@register_jitable
+def _log_library(x):
+    return math.log(x) if x > 0 else (-np.inf if x == 0 else np.nan)
+
+
+@overload(log)
+def _log(x):
+    if is_single(x):
+
+        def polynomial(x):
+            small = x < _TINY
+            y = _log_normal(where(small, x * _TWO23, x)) - where(small, _LOG_TWO23, _ZERO)
+            y = where(x < _INF, y, x)
+            y = where(x > _ZERO, y, where(x == _ZERO, -_INF, _NAN))
+            return where(x == x, y, x)
+
+        return polynomial
+    return _by_lane(_log_library) if isinstance(x, Vector) else lambda x: _log_library(x)
+
+
+def log1p(x: Any) -> Any:
+    """log(1 + x), precise near 0."""
+    return math.log1p(x)
+
+
+@register_jitable
+def _log1p_library(x):
+    return math.log1p(x) if x > -1 else (-np.inf if x == -1 else np.nan)
+
+
+@overload(log1p)
+def _log1p(x):
+    if is_single(x):
+
+        def polynomial(x):
+            u = x + _ONE
+            y = log(u)
+            lost = ((u - _ONE) - x) / u
+            return where((u > _ZERO) & (u < _INF), y - lost, y)
+
+        return polynomial
+    return _by_lane(_log1p_library) if isinstance(x, Vector) else lambda x: _log1p_library(x)
+
+
+def sqrt(x: Any) -> Any:
+    """The square root; NaN below 0."""
+    return math.sqrt(x)
+
+
+@overload(sqrt)
+def _sqrt(x):
+    if isinstance(x, Vector):
+        return lambda x: simd.root(x)
+    return lambda x: np.sqrt(x)

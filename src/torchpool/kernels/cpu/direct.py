@@ -1,0 +1,1043 @@
+"""Any reduction, window by window: what becomes of the elements that a window sees.
+
+A vector holds one element of each of several windows (outputs side by side, or channels), or
+several elements of one window where that is long or its neighbours are irregular. Every kernel
+*visits* the taps of its windows and lets an accumulator *take* them; goals say what is accumulated:
+the best value, the winner and its offset, or the steps of an accumulation's own formulas.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit, prange, types
+from numba.extending import overload
+
+from torchpool.kernels.cpu import formulas
+from torchpool.kernels.cpu.formulas import (
+    anchor,
+    finish,
+    finish_grad,
+    key,
+    least,
+    lift,
+    lift_dp,
+    num_sums,
+)
+from torchpool.kernels.cpu.lines import (
+    advance,
+    count_row,
+    is_idle,
+    lead_count,
+    lines_ahead,
+    most_rows,
+    request,
+    share_of,
+    split,
+    taps_of,
+    window_rows,
+)
+from torchpool.kernels.cpu.plan import (
+    BEFORE,
+    DILATION,
+    KERNEL,
+    OUT,
+    PADDED,
+    SIZE,
+    STRIDE,
+    VALID,
+)
+from torchpool.kernels.cpu.scalars import (
+    APART,
+    INNER,
+    JIT,
+    Total,
+    beats,
+    element,
+    empty_buffer,
+    identity,
+    merge,
+    over,
+)
+from torchpool.kernels.cpu.simd import (
+    choose,
+    codes_as,
+    evens,
+    gather,
+    lane,
+    lane_numbers,
+    load_as,
+    load_first,
+    splat,
+    splat_as,
+    store_first,
+    width,
+    with_lane,
+)
+
+
+class Value(NamedTuple):
+    """Goal: the merged value."""
+
+    unit: int = 0
+
+
+class Winner(NamedTuple):
+    """Goal: the winner and its offset in the window."""
+
+    unit: int = 0
+
+
+class Anchor(NamedTuple):
+    """Goal: the largest key."""
+
+    unit: int = 0
+
+
+class Centre(NamedTuple):
+    """Goal: the weighted sum and the sum of weights, of which the mean is made."""
+
+    unit: int = 0
+
+
+class Lift(NamedTuple):
+    """Goal: the sums of lifted elements, and the sum of weights."""
+
+    unit: int = 0
+
+
+class Slope(NamedTuple):
+    """Goal: the derivative by the parameter through the lifted elements."""
+
+    unit: int = 0
+
+
+VALUE, WINNER, ANCHOR, CENTRE = Value(), Winner(), Anchor(), Centre()
+LIFT, SLOPE = Lift(), Slope()
+
+
+# Accumulators ---------------------------------------------------------------------
+
+
+def keep(live: Any, new: Any, old: Any) -> Any:
+    """`new` in the lanes that are live (None: all), else `old`."""
+
+
+@overload(keep)
+def _keep(live, new, old):
+    if live == types.none:
+        return lambda live, new, old: new
+    return lambda live, new, old: choose(live, new, old)
+
+
+def both(a: Any, b: Any) -> Any:
+    """Two masks as one; None stands for all lanes."""
+
+
+@overload(both)
+def _both(a, b):
+    if a == types.none:
+        return lambda a, b: b
+    if b == types.none:
+        return lambda a, b: a
+    return lambda a, b: a & b
+
+
+def add_all(live: Any, sums: Any, weight: Any, terms: Any) -> Any:
+    """The sums with the weighted terms added in the lanes that are live."""
+
+
+@overload(add_all)
+def _add_all(live, sums, weight, terms):
+    def one(live, sums, weight, terms):
+        return (add_one(live, sums[0], weight, terms[0]),)
+
+    def two(live, sums, weight, terms):
+        return (
+            add_one(live, sums[0], weight, terms[0]),
+            add_one(live, sums[1], weight, terms[1]),
+        )
+
+    def three(live, sums, weight, terms):
+        return (
+            add_one(live, sums[0], weight, terms[0]),
+            add_one(live, sums[1], weight, terms[1]),
+            add_one(live, sums[2], weight, terms[2]),
+        )
+
+    def four(live, sums, weight, terms):
+        return (
+            add_one(live, sums[0], weight, terms[0]),
+            add_one(live, sums[1], weight, terms[1]),
+            add_one(live, sums[2], weight, terms[2]),
+            add_one(live, sums[3], weight, terms[3]),
+        )
+
+    return (one, two, three, four)[len(sums) - 1]
+
+
+def add_one(live: Any, total: Any, weight: Any, term: Any) -> Any:
+    """The same for one sum; a weight of None is 1."""
+
+
+@overload(add_one)
+def _add_one(live, total, weight, term):
+    if weight == types.none:
+        return lambda live, total, weight, term: keep(live, total + term, total)
+    return lambda live, total, weight, term: keep(live, total + weight * term, total)
+
+
+def begin(goal: Any, tag: Any, like: Any, first: Any) -> Any:
+    """An accumulator that has taken nothing; `first` is the offset that an all-losing window
+    gets."""
+
+
+@overload(begin)
+def _begin(goal, tag, like, first):
+    kind = goal.instance_class
+    if kind is Value:
+        return lambda goal, tag, like, first: (splat_as(like, identity(tag, like)),)
+    if kind is Winner:
+        return lambda goal, tag, like, first: (
+            splat_as(like, identity(tag, like)),
+            first,
+            lane_numbers(like) < 0,
+        )
+    if kind is Anchor:
+        return lambda goal, tag, like, first: (
+            splat_as(like, -np.inf if anchor(tag) == 1 else 0.0),
+        )
+    if kind is Centre:
+        return lambda goal, tag, like, first: (splat_as(like, 0.0), splat_as(like, 0.0))
+    if kind is Slope:
+        return lambda goal, tag, like, first: (splat_as(like, 0.0),)
+    return lambda goal, tag, like, first: (formulas.zeros(tag, like), splat_as(like, 0.0))
+
+
+def take(
+    goal: Any, tag: Any, held: Any, x: Any, weight: Any, live: Any, code: Any, a: Any, p: Any
+) -> Any:
+    """The accumulator after one more element in each lane.
+
+    Args:
+        weight: of the element; of selections the mask; None where every weight is 1.
+        live: lanes that have the element at all; None for all.
+        code: its offset in the window.
+        a: the anchor, where the goal is to lift; for a slope also the derivatives by the sums.
+        p: the parameter.
+    """
+
+
+@overload(take)
+def _take(goal, tag, held, x, weight, live, code, a, p):
+    kind = goal.instance_class
+    if kind is Value:
+        if weight == types.none:
+            return lambda goal, tag, held, x, weight, live, code, a, p: (
+                keep(live, merge(tag, held[0], x), held[0]),
+            )
+        return lambda goal, tag, held, x, weight, live, code, a, p: (
+            keep(both(live, weight != 0), merge(tag, held[0], x), held[0]),
+        )
+    if kind is Winner:
+        return _take_plain_winner if weight == types.none else _take_masked_winner
+    if kind is Anchor:
+        return _take_anchor
+    if kind is Centre:
+        return _take_centre
+    return _take_slope if kind is Slope else _take_lift
+
+
+def _take_plain_winner(goal, tag, held, x, weight, live, code, a, p):
+    wins = both(live, beats(tag, x, held[0]))
+    return choose(wins, x, held[0]), choose(wins, splat_as(held[1], code), held[1]), held[2]
+
+
+def _take_masked_winner(goal, tag, held, x, weight, live, code, a, p):
+    seen = both(live, weight != 0)
+    wins = seen & (beats(tag, x, held[0]) | ~held[2])
+    codes = choose(wins, splat_as(held[1], code), held[1])
+    return choose(wins, x, held[0]), codes, held[2] | seen
+
+
+def _take_anchor(goal, tag, held, x, weight, live, code, a, p):
+    k = key(tag, x, p)
+    wins = both(present(live, weight), (k > held[0]) | (k != k))
+    return (choose(wins, k, held[0]),)
+
+
+def _take_centre(goal, tag, held, x, weight, live, code, a, p):
+    seen = present(live, weight)
+    return add_one(seen, held[0], weight, x), keep(live, held[1] + amount(weight), held[1])
+
+
+def _take_lift(goal, tag, held, x, weight, live, code, a, p):
+    seen = present(live, weight)
+    sums = add_all(seen, held[0], weight, lift(tag, x, a, p))
+    return sums, keep(live, held[1] + amount(weight), held[1])
+
+
+def _take_slope(goal, tag, held, x, weight, live, code, a, p):
+    seen = present(live, weight)
+    return (add_one(seen, held[0], weight, dot(a[1], lift_dp(tag, x, a[0], p))),)
+
+
+def dot(d: Any, terms: Any) -> Any:
+    """The sum of products of two tuples."""
+
+
+@overload(dot)
+def _dot(d, terms):
+    return (
+        lambda d, terms: d[0] * terms[0],
+        lambda d, terms: d[0] * terms[0] + d[1] * terms[1],
+        lambda d, terms: d[0] * terms[0] + d[1] * terms[1] + d[2] * terms[2],
+        lambda d, terms: d[0] * terms[0] + d[1] * terms[1] + d[2] * terms[2] + d[3] * terms[3],
+    )[len(d) - 1]
+
+
+def present(live: Any, weight: Any) -> Any:
+    """Lanes that have the element with a weight that is not 0."""
+
+
+@overload(present)
+def _present(live, weight):
+    if weight == types.none:
+        return lambda live, weight: live
+    return lambda live, weight: both(live, weight != 0)
+
+
+def amount(weight: Any) -> Any:
+    """How much an element counts."""
+
+
+@overload(amount)
+def _amount(weight):
+    return (lambda weight: 1.0) if weight == types.none else (lambda weight: weight)
+
+
+# Reading taps -----------------------------------------------------------------------
+
+
+def weights_at(weights: Any, at: Any, stride: Any, like: Any) -> Any:
+    """The weights of the elements that `strided` reads; None where there are none."""
+
+
+@overload(weights_at)
+def _weights_at(weights, at, stride, like):
+    if weights == types.none:
+        return lambda weights, at, stride, like: None
+    return lambda weights, at, stride, like: strided(weights, at, stride, like)
+
+
+def weights_in(weights: Any, base: Any, places: Any, live: Any) -> Any:
+    """The same for elements that `gather` reads."""
+
+
+@overload(weights_in)
+def _weights_in(weights, base, places, live):
+    if weights == types.none:
+        return lambda weights, base, places, live: None
+    return lambda weights, base, places, live: gather(weights, base, places, live)
+
+
+@njit(**INNER)
+def strided(x, at, stride, like):
+    """As many elements as `like` has lanes, `stride` apart; reads up to `stride * lanes`."""
+    if stride == 1:
+        return load_as(x, at, like)
+    if stride == 2:
+        return evens(load_as(x, at, like), load_as(x, at + width(like), like))
+    lanes = lane_numbers(like)
+    return gather(x, at, lanes * stride, lanes >= 0)
+
+
+@njit(**INNER)
+def fits(x, at, count):
+    return at >= 0 and at + count <= x.size
+
+
+@njit(**APART)
+def take_edge(goal, tag, held, x, weights, base, places, live, code, a, p):
+    """`take` where only some lanes have the element."""
+    t = gather(x, base, places, live)
+    return take(goal, tag, held, t, weights_in(weights, base, places, live), live, code, a, p)
+
+
+@njit(**INNER)
+def visit_outputs(goal, tag, held, x, weights, rows, codes, found, o, count, geo, a, p):
+    """All taps of `count` windows side by side along the last axis, from window `o` on."""
+    stride, step, size = geo[3, STRIDE], geo[3, DILATION], geo[3, SIZE]
+    like = splat(x, 0)
+    lanes = width(like)
+    for k in range(found):
+        for j in range(geo[3, KERNEL]):
+            place = o * stride - geo[3, BEFORE] + j * step
+            at = rows[k] + place
+            whole = place >= 0 and place + (count - 1) * stride < size
+            if whole and at + stride * lanes <= x.size:
+                t = strided(x, at, stride, like)
+                w = weights_at(weights, at, stride, like)
+                held = take(goal, tag, held, t, w, None, codes[k] + j, a, p)
+            else:
+                numbers = lane_numbers(like)
+                places = numbers * stride + place
+                live = (places >= 0) & (places < size) & (numbers < count)
+                held = take_edge(
+                    goal, tag, held, x, weights, rows[k], places, live, codes[k] + j, a, p
+                )
+    return held
+
+
+@njit(**INNER)
+def visit_inner(goal, tag, held, x, weights, rows, codes, found, window, c, count, inner, a, p):
+    """All taps of one window in channels `c .. c + count - 1`; `window` is its first and last tap,
+    the position of tap 0 and their distance."""
+    first, end, start, step = window
+    like = splat(x, 0)
+    for k in range(found):
+        for j in range(first, end):
+            at = rows[k] + (start + j * step) * inner + c
+            if at + width(like) <= x.size:
+                t, w = load_as(x, at, like), weights_at(weights, at, 1, like)
+                held = take(goal, tag, held, t, w, None, codes[k] + j, a, p)
+            else:
+                numbers = lane_numbers(like)
+                live = numbers < count
+                held = take_edge(goal, tag, held, x, weights, at, numbers, live, codes[k] + j, a, p)
+    return held
+
+
+@njit(**INNER)
+def visit_window(goal, tag, held, x, weights, rows, codes, found, window, a, p):
+    """All elements of one window, several of a row at a time."""
+    first, end, start, step = window
+    like = splat(x, 0)
+    numbers = lane_numbers(like)
+    for k in range(found):
+        for j in range(first, end, width(like)):
+            at = rows[k] + start + j * step
+            if j + width(like) <= end and step == 1:
+                t, w = load_as(x, at, like), weights_at(weights, at, 1, like)
+                held = take(goal, tag, held, t, w, None, numbers + (codes[k] + j), a, p)
+            else:
+                live = numbers < end - j
+                held = take_edge(
+                    goal, tag, held, x, weights, at, numbers * step, live,
+                    numbers + (codes[k] + j), a, p,
+                )  # fmt: skip
+    return held
+
+
+# From lanes to one window ------------------------------------------------------------
+
+
+def across(goal: Any, tag: Any, held: Any) -> Any:
+    """An accumulator whose lanes belong to one window, with what they have together in every
+    lane."""
+
+
+@overload(across)
+def _across(goal, tag, held):
+    kind = goal.instance_class
+    if kind is Value:
+        return lambda goal, tag, held: (splat_as(held[0], _merged(tag, held[0])),)
+    if kind is Winner:
+        return _across_winner
+    if kind is Anchor:
+        return lambda goal, tag, held: (splat_as(held[0], _largest(held[0])),)
+    if kind is Centre:
+        return lambda goal, tag, held: (_total(held[0]), _total(held[1]))
+    if kind is Slope:
+        return lambda goal, tag, held: (_total(held[0]),)
+
+    def one(goal, tag, held):
+        s, n = held
+        return (_total(s[0]),), _total(n)
+
+    def two(goal, tag, held):
+        s, n = held
+        return (_total(s[0]), _total(s[1])), _total(n)
+
+    def three(goal, tag, held):
+        s, n = held
+        return (_total(s[0]), _total(s[1]), _total(s[2])), _total(n)
+
+    def four(goal, tag, held):
+        s, n = held
+        return (_total(s[0]), _total(s[1]), _total(s[2]), _total(s[3])), _total(n)
+
+    return (one, two, three, four)[len(held[0]) - 1]
+
+
+@njit(**INNER)
+def _merged(tag, v):
+    best = lane(v, 0)
+    for i in range(1, width(v)):
+        best = merge(tag, best, lane(v, i))
+    return best
+
+
+@njit(**INNER)
+def _largest(v):
+    best = lane(v, 0)
+    for i in range(1, width(v)):
+        k = lane(v, i)
+        if k > best or k != k:
+            best = k
+    return best
+
+
+@njit(**INNER)
+def _total(v):
+    total = lane(v, 0)
+    for i in range(1, width(v)):
+        total += lane(v, i)
+    return splat_as(v, total)
+
+
+def _across_winner(goal, tag, held):
+    best, code, seen = held
+    v, c, any_seen = lane(best, 0), lane(code, 0), lane(seen, 0)
+    for i in range(1, width(best)):
+        u, d, s = lane(best, i), lane(code, i), lane(seen, i)
+        wins = beats(tag, u, v) or beats_at_once(tag, u, v, d < c)
+        if v != v and u == u:
+            wins = False
+        if v != v and u != u:
+            wins = d > c
+        if (s and not any_seen) or (wins and (s or not any_seen)):
+            v, c = u, d
+        any_seen = any_seen or s
+    return splat_as(best, v), splat_as(code, c), seen
+
+
+@njit(**INNER)
+def beats_at_once(tag, candidate, best, earlier):
+    return candidate == best and earlier
+
+
+# Places: which windows the lanes of a vector are ------------------------------------------
+
+
+class Outputs(NamedTuple):
+    """`number` windows side by side along the last axis, from window `o` on."""
+
+    o: int
+    number: int
+
+
+class Inner(NamedTuple):
+    """One window in the channels `c .. c + number - 1` of `inner`: its valid taps along the last
+    axis, where tap 0 lies, and how far taps lie apart."""
+
+    first: int
+    end: int
+    start: int
+    step: int
+    c: int
+    number: int
+    inner: int
+
+
+class Whole(NamedTuple):
+    """One window of single elements, many of its elements at a time."""
+
+    first: int
+    end: int
+    start: int
+    step: int
+
+
+def visit(
+    place: Any, goal: Any, tag: Any, held: Any, x: Any, weights: Any, lines: Any, geo: Any,
+    a: Any, p: Any,
+) -> Any:  # fmt: skip
+    """Lets an accumulator take every tap of the windows at a place. `lines` are the input rows of
+    the windows, the offsets of their first taps, and how many there are."""
+
+
+@overload(visit)
+def _visit(place, goal, tag, held, x, weights, lines, geo, a, p):
+    kind = place.instance_class
+    if kind is Outputs:
+        return lambda place, goal, tag, held, x, weights, lines, geo, a, p: visit_outputs(
+            goal, tag, held, x, weights, lines[0], lines[1], lines[2], place[0], place[1], geo, a, p
+        )
+    if kind is Inner:
+        return lambda place, goal, tag, held, x, weights, lines, geo, a, p: visit_inner(
+            goal, tag, held, x, weights, lines[0], lines[1], lines[2], place[:4], place[4],
+            place[5], place[6], a, p,
+        )  # fmt: skip
+    return lambda place, goal, tag, held, x, weights, lines, geo, a, p: across(
+        goal, tag, visit_window(
+            goal, tag, held, x, weights, lines[0], lines[1], lines[2], place, a, p
+        )
+    )  # fmt: skip
+
+
+def first_code(place: Any, like: Any, codes: Any, state: Any, geo: Any) -> Any:
+    """The offset of the first valid element of each window; None where offsets are not kept."""
+
+
+@overload(first_code)
+def _first_code(place, like, codes, state, geo):
+    if state == types.none:
+        return lambda place, like, codes, state, geo: None
+    if place.instance_class is not Outputs:
+        return lambda place, like, codes, state, geo: codes_as(like, state, codes[0] + place[0])
+
+    def of_outputs(place, like, codes, state, geo):
+        first = codes_as(like, state, codes[0])
+        o = place[0]
+        if o * geo[3, STRIDE] < geo[3, BEFORE]:
+            for i in range(place[1]):
+                missing = geo[3, BEFORE] - (o + i) * geo[3, STRIDE]
+                if missing > 0:
+                    tap = (missing + geo[3, DILATION] - 1) // geo[3, DILATION]
+                    first = with_lane(first, i, codes[0] + tap)
+        return first
+
+    return of_outputs
+
+
+def divisors(place: Any, like: Any, pads: Any, o: Any) -> Any:
+    """Padding that the windows at a place count, one number for each."""
+
+
+@overload(divisors)
+def _divisors(place, like, pads, o):
+    if place.instance_class is Outputs:
+        return lambda place, like, pads, o: load_as(pads, o, like)
+    return lambda place, like, pads, o: splat_as(like, pads[o])
+
+
+def solve(
+    place: Any, tag: Any, x: Any, weights: Any, lines: Any, state: Any, geo: Any, p: Any,
+    pads: Any, o: Any, fixed: Any, is_mean: Any,
+) -> Any:  # fmt: skip
+    """The values of the windows at a place, and what is kept for the backward pass: offsets, or
+    the anchor, the sums and n."""
+
+
+@overload(solve)
+def _solve(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean):
+    if formulas.is_tag(tag):
+        return _solve_formulas
+    if state == types.none:
+        return _solve_value
+    return _solve_winner
+
+
+def _solve_value(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean):
+    like = splat(x, 0)
+    held = begin(VALUE, tag, like, None)
+    return visit(place, VALUE, tag, held, x, weights, lines, geo, None, None)[0], None
+
+
+def _solve_winner(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean):
+    like = splat(x, 0)
+    held = begin(WINNER, tag, like, first_code(place, like, lines[1], state, geo))
+    held = visit(place, WINNER, tag, held, x, weights, lines, geo, None, None)
+    if weights is not None:
+        return choose(held[2], held[0], like), held[1]
+    return held[0], held[1]
+
+
+def _solve_formulas(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean):
+    like = splat(x, 0)
+    a = like
+    if anchor(tag) == 1:
+        a = visit(
+            place, ANCHOR, tag, begin(ANCHOR, tag, like, None), x, weights, lines, geo, None, p
+        )[0]
+    elif anchor(tag) == 2:
+        total, n = visit(
+            place, CENTRE, tag, begin(CENTRE, tag, like, None), x, weights, lines, geo, None, p
+        )
+        a = choose(n != 0, total / n, total)
+    s, n = visit(place, LIFT, tag, begin(LIFT, tag, like, None), x, weights, lines, geo, a, p)
+    seen = n > least(tag, p)
+    count = n
+    if is_mean:
+        count = splat_as(n, fixed) if fixed != 0 else n + divisors(place, like, pads, o)
+    value = choose(seen, finish(tag, s, count, a, p), like)
+    return value, (a, s, choose(seen, count, splat_as(n, np.nan)))
+
+
+# Writing ------------------------------------------------------------------------------------
+
+
+def keep_state(state: Any, at: Any, kept: Any, count: Any, size: Any) -> None:
+    """Writes what `solve` keeps; `size` is the number of outputs."""
+
+
+@overload(keep_state)
+def _keep_state(state, at, kept, count, size):
+    if kept == types.none:
+        return lambda state, at, kept, count, size: None
+    if not isinstance(kept, types.BaseTuple):
+        return lambda state, at, kept, count, size: store_first(state, at, kept, count)
+
+    def one(state, at, kept, count, size):
+        if state.size:
+            store_first(state, at, kept[0], count)
+            store_first(state, at + size, kept[1][0], count)
+            store_first(state, at + 2 * size, kept[2], count)
+
+    def two(state, at, kept, count, size):
+        if state.size:
+            store_first(state, at, kept[0], count)
+            store_first(state, at + size, kept[1][0], count)
+            store_first(state, at + 2 * size, kept[1][1], count)
+            store_first(state, at + 3 * size, kept[2], count)
+
+    def three(state, at, kept, count, size):
+        if state.size:
+            store_first(state, at, kept[0], count)
+            store_first(state, at + size, kept[1][0], count)
+            store_first(state, at + 2 * size, kept[1][1], count)
+            store_first(state, at + 3 * size, kept[1][2], count)
+            store_first(state, at + 4 * size, kept[2], count)
+
+    def four(state, at, kept, count, size):
+        if state.size:
+            store_first(state, at, kept[0], count)
+            store_first(state, at + size, kept[1][0], count)
+            store_first(state, at + 2 * size, kept[1][1], count)
+            store_first(state, at + 3 * size, kept[1][2], count)
+            store_first(state, at + 4 * size, kept[1][3], count)
+            store_first(state, at + 5 * size, kept[2], count)
+
+    return (one, two, three, four)[len(kept[1]) - 1]
+
+
+def scaled(value: Any, counts: Any, at: Any, scale: Any, tag: Any, is_mean: Any) -> Any:
+    """A total divided by its count; any other value as it is."""
+
+
+@overload(scaled)
+def _scaled(value, counts, at, scale, tag, is_mean):
+    if tag.instance_class is not Total:
+        return lambda value, counts, at, scale, tag, is_mean: value
+    return lambda value, counts, at, scale, tag, is_mean: (
+        over(value, counts, at, scale) if is_mean else value
+    )
+
+
+def parameter(params: Any, row: Any, c: Any, like: Any) -> Any:
+    """The parameter of the lanes from position `c` of a row on; None without one."""
+
+
+@overload(parameter)
+def _parameter(params, row, c, like):
+    if params == types.none:
+        return lambda params, row, c, like: None
+    return lambda params, row, c, like: load_as(row, c, like)
+
+
+@njit(**INNER)
+def fill_parameters(row, params, plane, planes_each, channels):
+    """The parameter of each position of a row of `inner` elements; `planes_each` planes lie beside
+    each other in a channel, 0 if channels are the fastest axis."""
+    for c in range(row.size):
+        channel = c % channels if planes_each == 0 else plane // planes_each % channels
+        row[c] = params[channel if params.size > 1 else 0]
+
+
+@njit(**INNER)
+def fill_pads(pads, geo, tab, o, include_pad):
+    """Padding that the windows of a row of outputs count."""
+    pads[:] = 0
+    if include_pad:
+        padded, valid = lead_count(geo, tab, PADDED, o), np.int64(1)
+        for k in range(3):
+            valid *= 1 if is_idle(geo, k) else tab[geo[k, VALID] + o[k]]
+        for i in range(geo[3, OUT]):
+            last, inside = np.int64(1), np.int64(1)
+            if not is_idle(geo, 3):
+                last, inside = tab[geo[3, PADDED] + i], tab[geo[3, VALID] + i]
+            pads[i] = padded * last - valid * inside
+    return
+
+
+# Kernels: what the lanes are decides how a row of outputs is walked ------------------------
+
+
+@njit(**INNER)
+def write(y, state, at, v, kept, count, counts, o, scale, tag, is_mean):
+    store_first(y, at, scaled(v, counts, o, scale, tag, is_mean), count)
+    keep_state(state, at, kept, count, y.size)
+
+
+@njit(**INNER)
+def row_of_outputs(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
+                   ahead, ask):  # fmt: skip
+    """Lanes are windows side by side."""
+    like = splat(x, 0)
+    pads, counts, scale, fixed, is_mean = means
+    p = parameter(params, row, 0, like)
+    for o in range(0, geo[3, OUT], width(like)):
+        ahead = request(x, ahead, ask)
+        count = min(width(like), geo[3, OUT] - o)
+        v, kept = solve(
+            Outputs(o, count), tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean
+        )
+        write(y, state, at + o, v, kept, count, counts, o, scale, tag, is_mean)
+
+
+@njit(**INNER)
+def row_of_channels(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
+                    ahead, ask):  # fmt: skip
+    """Lanes are channels."""
+    like = splat(x, 0)
+    pads, counts, scale, fixed, is_mean = means
+    for o in range(geo[3, OUT]):
+        first, end, start = taps_of(geo, tab, 3, o)
+        for c in range(0, inner, width(like)):
+            ahead = request(x, ahead, ask)
+            count = min(width(like), inner - c)
+            place = Inner(first, end, start, geo[3, DILATION], c, count, inner)
+            p = parameter(params, row, c, like)
+            v, kept = solve(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean)
+            i = o * inner + c
+            write(y, state, at + i, v, kept, count, counts, i, scale, tag, is_mean)
+
+
+@njit(**INNER)
+def row_of_windows(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
+                   ahead, ask):  # fmt: skip
+    """Lanes are elements of one window."""
+    like = splat(x, 0)
+    pads, counts, scale, fixed, is_mean = means
+    p = parameter(params, row, 0, like)
+    for o in range(geo[3, OUT]):
+        ahead = request(x, ahead, ask)
+        first, end, start = taps_of(geo, tab, 3, o)
+        place = Whole(first, end, start, geo[3, DILATION])
+        v, kept = solve(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean)
+        write(y, state, at + o, v, kept, 1, counts, o, scale, tag, is_mean)
+
+
+class ByOutput(NamedTuple):
+    """Way: lanes are windows side by side."""
+
+    unit: int = 0
+
+
+class ByChannel(NamedTuple):
+    """Way: lanes are channels."""
+
+    unit: int = 0
+
+
+class ByWindow(NamedTuple):
+    """Way: lanes are elements of one window."""
+
+    unit: int = 0
+
+
+def walk(way: Any, *args: Any) -> None:
+    """One row of outputs, which begins at y[at], in one of these ways."""
+
+
+@overload(walk)
+def _walk(way, *args):
+    rows = {ByOutput: row_of_outputs, ByChannel: row_of_channels, ByWindow: row_of_windows}
+    row = rows[way.instance_class]
+    return lambda way, *args: row(*args)
+
+
+@njit(**JIT)
+def direct(begin, end, way, tag, x, weights, params, y, state, geo, tab, inner, channels,
+           planes_each, column, fixed):  # fmt: skip
+    """Output rows `begin .. end - 1`.
+
+    Args:
+        weights: of the elements, or for selections the mask, in the order of x; None for none.
+        params: one number, or one per channel; None for none.
+        state: room for what the backward pass needs: offsets, or the anchor, the sums and n one
+            after another; of size 0 or None for nothing.
+        column: the count table that a mean divides by, -1 for none.
+        fixed: what it divides by instead, 0 for the counts.
+    """
+    size, row_size = geo[3, SIZE] * inner, geo[3, OUT] * inner
+    most = most_rows(geo)
+    rows, codes, o = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(3, np.int64)
+    lanes = width(x)
+    number = empty_buffer(x, 0).dtype.type
+    row = empty_buffer(x, inner + lanes)
+    pads = empty_buffer(x, geo[3, OUT] + lanes)
+    counts = empty_buffer(x, row_size + lanes)
+    is_mean = column >= 0
+    if is_mean:
+        count_row(counts, geo, tab, inner, column, fixed)
+    steps = geo[3, OUT] * (-(-inner // lanes)) if inner > 1 else -(-geo[3, OUT] // lanes)
+    share, ask = share_of(x, y.size // row_size, steps)
+    plane = split(begin, geo, OUT, o)
+    last = np.int64(-1)
+    for unit in range(begin, end):
+        if params is not None and plane != last:
+            fill_parameters(row, params, plane, planes_each, channels)
+            last = plane
+        found = window_rows(geo, tab, o, plane, size, rows, codes)
+        scale = number(lead_count(geo, tab, column, o) if is_mean and fixed == 0 else 1)
+        if is_mean:
+            fill_pads(pads, geo, tab, o, column == PADDED)
+        ahead = np.int64(unit * share) + lines_ahead(x)
+        means = pads, counts, scale, number(fixed), is_mean
+        walk(way, tag, x, weights, params, row, y, state, unit * row_size, (rows, codes, found),
+             geo, tab, inner, means, ahead, ask)  # fmt: skip
+        plane = advance(geo, OUT, o, plane)
+
+
+@njit(parallel=True, **JIT)
+def direct_parallel(threads, units, way, tag, x, weights, params, y, state, geo, tab, inner,
+                    channels, planes_each, column, fixed):  # fmt: skip
+    for t in prange(threads):
+        direct(
+            units * t // threads, units * (t + 1) // threads, way, tag, x, weights, params, y,
+            state, geo, tab, inner, channels, planes_each, column, fixed,
+        )  # fmt: skip
+
+
+# The derivative by the parameter ----------------------------------------------------------
+
+
+def kept_of(place: Any, array: Any, at: Any, count: Any, like: Any) -> Any:
+    """Numbers of the windows at a place: one of each lane, or the same in all lanes."""
+
+
+@overload(kept_of)
+def _kept_of(place, array, at, count, like):
+    if place.instance_class is Whole:
+        return lambda place, array, at, count, like: splat_as(like, element(array, at))
+    return lambda place, array, at, count, like: load_first(array, at, count)
+
+
+def kept_sums(tag: Any, place: Any, state: Any, at: Any, count: Any, size: Any, like: Any) -> Any:
+    """The sums that the forward pass kept."""
+
+
+@overload(kept_sums)
+def _kept_sums(tag, place, state, at, count, size, like):
+    def one(tag, place, state, at, count, size, like):
+        return (kept_of(place, state, at + size, count, like),)
+
+    def two(tag, place, state, at, count, size, like):
+        return (
+            kept_of(place, state, at + size, count, like),
+            kept_of(place, state, at + 2 * size, count, like),
+        )
+
+    def three(tag, place, state, at, count, size, like):
+        return (
+            kept_of(place, state, at + size, count, like),
+            kept_of(place, state, at + 2 * size, count, like),
+            kept_of(place, state, at + 3 * size, count, like),
+        )
+
+    def four(tag, place, state, at, count, size, like):
+        return (
+            kept_of(place, state, at + size, count, like),
+            kept_of(place, state, at + 2 * size, count, like),
+            kept_of(place, state, at + 3 * size, count, like),
+            kept_of(place, state, at + 4 * size, count, like),
+        )
+
+    return (one, two, three, four)[formulas.sums_of(tag) - 1]
+
+
+@njit(**INNER)
+def slope(place, tag, g, x, weights, lines, state, at, count, size, geo, p):
+    """The derivative by the parameter of each of the windows at a place, times the gradient."""
+    like = splat(x, 0)
+    a = kept_of(place, state, at, count, like)
+    n = kept_of(place, state, (num_sums(tag) + 1) * size + at, count, like)
+    v = kept_of(place, g, at, count, like)
+    d, _, dp = finish_grad(tag, kept_sums(tag, place, state, at, count, size, like), n, a, p)
+    held = begin(SLOPE, tag, like, None)
+    sent = visit(place, SLOPE, tag, held, x, weights, lines, geo, (a, d), p)[0]
+    return choose((n == n) & (lane_numbers(like) < count), v * (dp + sent), like)
+
+
+def slopes(way: Any, *args: Any) -> None:
+    """Adds the derivatives of one row of outputs to by_p[at] and following."""
+
+
+@overload(slopes)
+def _slopes(way, *args):
+    rows = {ByOutput: slopes_of_outputs, ByChannel: slopes_of_channels, ByWindow: slopes_of_windows}
+    row = rows[way.instance_class]
+    return lambda way, *args: row(*args)
+
+
+@njit(**INNER)
+def slopes_of_outputs(tag, g, x, weights, row, state, by_p, to, at, lines, geo, tab, inner):
+    like = splat(x, 0)
+    p = load_as(row, 0, like)
+    total = like
+    for o in range(0, geo[3, OUT], width(like)):
+        count = min(width(like), geo[3, OUT] - o)
+        place = Outputs(o, count)
+        total += slope(place, tag, g, x, weights, lines, state, at + o, count, g.size, geo, p)
+    by_p[to] += lane(_total(total), 0)
+
+
+@njit(**INNER)
+def slopes_of_channels(tag, g, x, weights, row, state, by_p, to, at, lines, geo, tab, inner):
+    like = splat(x, 0)
+    for o in range(geo[3, OUT]):
+        first, end, start = taps_of(geo, tab, 3, o)
+        for c in range(0, inner, width(like)):
+            count = min(width(like), inner - c)
+            place = Inner(first, end, start, geo[3, DILATION], c, count, inner)
+            i = at + o * inner + c
+            p = load_as(row, c, like)
+            v = slope(place, tag, g, x, weights, lines, state, i, count, g.size, geo, p)
+            for k in range(count):
+                by_p[to + c + k] += lane(v, k)
+
+
+@njit(**INNER)
+def slopes_of_windows(tag, g, x, weights, row, state, by_p, to, at, lines, geo, tab, inner):
+    like = splat(x, 0)
+    p = load_as(row, 0, like)
+    for o in range(geo[3, OUT]):
+        first, end, start = taps_of(geo, tab, 3, o)
+        place = Whole(first, end, start, geo[3, DILATION])
+        v = slope(place, tag, g, x, weights, lines, state, at + o, 1, g.size, geo, p)
+        by_p[to] += lane(v, 0)
+
+
+@njit(**JIT)
+def by_parameter(begin, end, way, tag, g, x, weights, params, state, by_p, geo, tab, inner,
+                 channels, planes_each):  # fmt: skip
+    """Output rows `begin .. end - 1`: their derivatives by the parameter into by_p, which holds
+    `inner` numbers for each row."""
+    size, row_size = geo[3, SIZE] * inner, geo[3, OUT] * inner
+    most = most_rows(geo)
+    rows, codes, o = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(3, np.int64)
+    row = empty_buffer(x, inner + width(x))
+    plane = split(begin, geo, OUT, o)
+    last = np.int64(-1)
+    for unit in range(begin, end):
+        if plane != last:
+            fill_parameters(row, params, plane, planes_each, channels)
+            last = plane
+        found = window_rows(geo, tab, o, plane, size, rows, codes)
+        by_p[unit * inner : (unit + 1) * inner] = 0
+        slopes(way, tag, g, x, weights, row, state, by_p, unit * inner, unit * row_size,
+               (rows, codes, found), geo, tab, inner)  # fmt: skip
+        plane = advance(geo, OUT, o, plane)
+
+
+@njit(parallel=True, **JIT)
+def by_parameter_parallel(threads, units, way, tag, g, x, weights, params, state, by_p, geo, tab,
+                          inner, channels, planes_each):  # fmt: skip
+    for t in prange(threads):
+        by_parameter(
+            units * t // threads, units * (t + 1) // threads, way, tag, g, x, weights, params,
+            state, by_p, geo, tab, inner, channels, planes_each,
+        )  # fmt: skip

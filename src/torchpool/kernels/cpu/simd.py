@@ -1,0 +1,708 @@
+"""Vectors inside kernels: as many numbers as fill 64 bytes, in one value.
+
+`load` and `store` move them between arrays and registers, and convert half formats on the way; the
+operators of Python work on them lane by lane, so that formulas written for one number run on a
+vector as they are. LLVM maps them to whatever registers the machine has.
+
+With `NUMBA_BOUNDSCHECK=1` every access is checked.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, lower_cast, overload, register_model
+
+BYTES = 64
+"""Size of a vector in the format that is computed in."""
+
+BRAIN = np.dtype([("bfloat16", np.uint16)])
+HALF = np.dtype([("float16", np.uint16)])
+"""How arrays of half formats reach kernels: as records, whose field names the format."""
+
+_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+
+
+class Vector(types.Type):
+    """The type of a vector: `lanes` numbers of type `dtype` (booleans: a mask)."""
+
+    def __init__(self, dtype: Any, lanes: int) -> None:
+        self.dtype, self.lanes = dtype, lanes
+        super().__init__(name=f"Vector({dtype}, {lanes})")
+
+    @property
+    def key(self) -> Any:
+        return self.dtype, self.lanes
+
+
+def _scalar_ir(dtype: Any) -> Any:
+    if isinstance(dtype, types.Record):
+        return _I16
+    if dtype == types.boolean:
+        return _I1
+    if dtype == types.float32:
+        return ir.FloatType()
+    return ir.DoubleType() if dtype == types.float64 else ir.IntType(dtype.bitwidth)
+
+
+def _vector_ir(vector: Vector) -> Any:
+    return ir.VectorType(_scalar_ir(vector.dtype), vector.lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, _vector_ir(fe_type))
+
+
+def computed(dtype: Any) -> Any:
+    """The format that numbers stored as `dtype` are computed in."""
+    return types.float32 if isinstance(dtype, types.Record) else dtype
+
+
+def vector_of(array: Any) -> Vector:
+    """The vectors that an array is read in."""
+    dtype = computed(array.dtype)
+    return Vector(dtype, 8 * BYTES // dtype.bitwidth)
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether a type is of floating point."""
+    return isinstance(dtype, types.Float)
+
+
+# From scalars -----------------------------------------------------------------
+
+
+def _broadcast(builder: Any, scalar: Any, lanes: int) -> Any:
+    kind = ir.VectorType(scalar.type, lanes)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, _I32(0))
+    zeros = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
+
+
+@lower_cast(types.Number, Vector)
+@lower_cast(types.Boolean, Vector)
+def _cast_number(context: Any, builder: Any, fromty: Any, toty: Vector, value: Any) -> Any:
+    if toty.dtype == types.boolean:
+        value = context.cast(builder, value, fromty, types.boolean)
+        return _broadcast(builder, builder.trunc(value, _I1), toty.lanes)
+    return _broadcast(builder, context.cast(builder, value, fromty, toty.dtype), toty.lanes)
+
+
+@lower_cast(Vector, Vector)
+def _cast_vector(context: Any, builder: Any, fromty: Vector, toty: Vector, value: Any) -> Any:
+    return _converted(builder, value, fromty.dtype, toty)
+
+
+def _converted(builder: Any, value: Any, dtype: Any, to: Vector) -> Any:
+    """A vector of integers or floats in another format."""
+    kind, target = _vector_ir(to), to.dtype
+    if dtype == target:
+        return value
+    if dtype == types.boolean:
+        one = builder.zext(value, ir.VectorType(_I32, to.lanes))
+        return _converted(builder, one, types.int32, to)
+    if is_float(dtype):
+        if is_float(target):
+            wider = target.bitwidth > dtype.bitwidth
+            return builder.fpext(value, kind) if wider else builder.fptrunc(value, kind)
+        return builder.fptosi(value, kind) if target.signed else builder.fptoui(value, kind)
+    if is_float(target):
+        return builder.sitofp(value, kind) if dtype.signed else builder.uitofp(value, kind)
+    if target.bitwidth <= dtype.bitwidth:
+        return builder.trunc(value, kind) if target.bitwidth < dtype.bitwidth else value
+    return builder.sext(value, kind) if dtype.signed else builder.zext(value, kind)
+
+
+@intrinsic
+def splat(typingctx: Any, array: Any, number: Any) -> Any:
+    """A number in every lane of a vector of the array's computed format."""
+    vector = vector_of(array)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.cast(builder, args[1], number, vector)
+
+    return vector(array, number), build
+
+
+@intrinsic
+def splat_as(typingctx: Any, like: Any, number: Any) -> Any:
+    """A number (or a vector of as many lanes) as a vector of the type of `like`."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.cast(builder, args[1], number, like)
+
+    return like(like, number), build
+
+
+@intrinsic
+def codes_as(typingctx: Any, like: Any, codes: Any, number: Any) -> Any:
+    """A number (or a vector) in the type of an array of offsets, with as many lanes as `like`."""
+    vector = Vector(codes.dtype, like.lanes)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.cast(builder, args[2], number, vector)
+
+    return vector(like, codes, number), build
+
+
+@intrinsic
+def lane_numbers(typingctx: Any, like: Any) -> Any:
+    """0, 1, 2, ... as int32, with as many lanes as `like`."""
+    vector = Vector(types.int32, like.lanes)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return ir.Constant(_vector_ir(vector), list(range(like.lanes)))
+
+    return vector(like), build
+
+
+def width(vector: Any) -> int:
+    """How many lanes a vector (or a vector read from an array) has."""
+    raise NotImplementedError
+
+
+@overload(width)
+def _width(vector):
+    lanes = vector.lanes if isinstance(vector, Vector) else vector_of(vector).lanes
+    return lambda vector: lanes
+
+
+# Memory -------------------------------------------------------------------------
+
+
+def _address(context: Any, builder: Any, kind: Any, array: Any, at: Any, count: Any) -> Any:
+    """Where element `at` lies; `count` elements from there on are touched, and checked if bounds
+    are."""
+    made = context.make_array(kind)(context, builder, array)
+    if context.enable_boundscheck:
+        with builder.if_then(builder.icmp_signed(">", count, _I64(0))):
+            cgutils.do_boundscheck(context, builder, at, made.nitems)
+            last = builder.sub(builder.add(at, count), _I64(1))
+            cgutils.do_boundscheck(context, builder, last, made.nitems)
+    return builder.gep(made.data, [at], inbounds=True)
+
+
+def _size(dtype: Any) -> int:
+    return 2 if isinstance(dtype, types.Record) else int(dtype.bitwidth) // 8
+
+
+def _widened(builder: Any, raw: Any, dtype: Any, lanes: int) -> Any:
+    """Stored bits in the format that is computed in."""
+    if not isinstance(dtype, types.Record):
+        return raw
+    single = ir.VectorType(ir.FloatType(), lanes)
+    if "float16" in dtype.fields:
+        return builder.fpext(builder.bitcast(raw, ir.VectorType(ir.HalfType(), lanes)), single)
+    wide = ir.VectorType(_I32, lanes)
+    shifted = builder.shl(builder.zext(raw, wide), ir.Constant(wide, [16] * lanes))
+    return builder.bitcast(shifted, single)
+
+
+def _narrowed(builder: Any, value: Any, dtype: Any, lanes: int) -> Any:
+    """The inverse of `_widened`, rounded to the nearest, ties to even."""
+    if not isinstance(dtype, types.Record):
+        return value
+    short = ir.VectorType(_I16, lanes)
+    if "float16" in dtype.fields:
+        half = builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
+        return builder.bitcast(half, short)
+    wide = ir.VectorType(_I32, lanes)
+
+    def same(number: int) -> Any:
+        return ir.Constant(wide, [number] * lanes)
+
+    bits = builder.bitcast(value, wide)
+    upper = builder.lshr(bits, same(16))
+    odd = builder.and_(upper, same(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, same(0x7FFF))), same(16))
+    nan = builder.fcmp_unordered("uno", value, value)
+    chosen = builder.select(nan, builder.or_(upper, same(0x40)), rounded)
+    return builder.trunc(chosen, short)
+
+
+def _intrinsic_of(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _suffix(kind: Any) -> str:
+    names = {"float": "f32", "double": "f64"}
+    return f"v{kind.count}{names.get(str(kind.element), str(kind.element))}"
+
+
+def _first_lanes(builder: Any, count: Any, lanes: int) -> Any:
+    """A mask of the lanes below `count`."""
+    kind = ir.VectorType(_I32, lanes)
+    bound = _broadcast(builder, builder.trunc(count, _I32), lanes)
+    return builder.icmp_signed("<", ir.Constant(kind, list(range(lanes))), bound)
+
+
+@intrinsic
+def load(typingctx: Any, array: Any, at: Any) -> Any:
+    """A vector of consecutive elements from `at` on."""
+    vector = vector_of(array)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        at = context.cast(builder, args[1], sig.args[1], types.intp)
+        where = _address(context, builder, array, args[0], at, _I64(vector.lanes))
+        kind = ir.VectorType(_scalar_ir(array.dtype), vector.lanes)
+        raw = builder.load(builder.bitcast(where, kind.as_pointer()), align=_size(array.dtype))
+        return _widened(builder, raw, array.dtype, vector.lanes)
+
+    return vector(array, at), build
+
+
+@intrinsic
+def load_first(typingctx: Any, array: Any, at: Any, count: Any) -> Any:
+    """The first `count` lanes of `load` (all, if there are not so many); 0 in the others."""
+    vector = vector_of(array)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        at, count = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (1, 2))
+        most = builder.icmp_signed(">", count, _I64(vector.lanes))
+        count = builder.select(most, _I64(vector.lanes), count)
+        where = _address(context, builder, array, args[0], at, count)
+        kind = ir.VectorType(_scalar_ir(array.dtype), vector.lanes)
+        mask = _first_lanes(builder, count, vector.lanes)
+        pointer = builder.bitcast(where, kind.as_pointer())
+        arguments = [pointer, _I32(_size(array.dtype)), mask, ir.Constant(kind, None)]
+        name = f"llvm.masked.load.{_suffix(kind)}.p0"
+        raw = _intrinsic_of(builder, name, kind, arguments)
+        return _widened(builder, raw, array.dtype, vector.lanes)
+
+    return vector(array, at, count), build
+
+
+@intrinsic
+def prefetch(typingctx: Any, array: Any, at: Any) -> Any:
+    """Asks for the cache line of an element, which need not exist."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        made = context.make_array(array)(context, builder, args[0])
+        where = builder.gep(made.data, [args[1]], inbounds=False)
+        where = builder.bitcast(where, _I8.as_pointer())
+        arguments = [where, _I32(0), _I32(3), _I32(1)]
+        _intrinsic_of(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), build
+
+
+@intrinsic
+def load_as(typingctx: Any, array: Any, at: Any, like: Any) -> Any:
+    """As many consecutive elements from `at` on as `like` has lanes."""
+    vector = Vector(computed(array.dtype), like.lanes)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        at = context.cast(builder, args[1], sig.args[1], types.intp)
+        where = _address(context, builder, array, args[0], at, _I64(vector.lanes))
+        kind = ir.VectorType(_scalar_ir(array.dtype), vector.lanes)
+        raw = builder.load(builder.bitcast(where, kind.as_pointer()), align=_size(array.dtype))
+        return _widened(builder, raw, array.dtype, vector.lanes)
+
+    return vector(array, at, like), build
+
+
+@intrinsic
+def store(typingctx: Any, array: Any, at: Any, value: Any) -> Any:
+    """Writes a vector to consecutive elements, rounded to the array's format."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        at = context.cast(builder, args[1], sig.args[1], types.intp)
+        where = _address(context, builder, array, args[0], at, _I64(value.lanes))
+        raw = _stored(context, builder, array, args[2], value)
+        pointer = builder.bitcast(where, raw.type.as_pointer())
+        builder.store(raw, pointer, align=_size(array.dtype))
+        return context.get_dummy_value()
+
+    return types.none(array, at, value), build
+
+
+def _stored(context: Any, builder: Any, array: Any, value: Any, kind: Vector) -> Any:
+    inside = Vector(computed(array.dtype), kind.lanes)
+    value = context.cast(builder, value, kind, inside)
+    return _narrowed(builder, value, array.dtype, kind.lanes)
+
+
+@intrinsic
+def store_first(typingctx: Any, array: Any, at: Any, value: Any, count: Any) -> Any:
+    """The first `count` lanes of `store` (all, if there are not so many)."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        at, count = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (1, 3))
+        most = builder.icmp_signed(">", count, _I64(value.lanes))
+        count = builder.select(most, _I64(value.lanes), count)
+        where = _address(context, builder, array, args[0], at, count)
+        raw = _stored(context, builder, array, args[2], value)
+        mask = _first_lanes(builder, count, value.lanes)
+        pointer = builder.bitcast(where, raw.type.as_pointer())
+        arguments = [raw, pointer, _I32(_size(array.dtype)), mask]
+        name = f"llvm.masked.store.{_suffix(raw.type)}.p0"
+        _intrinsic_of(builder, name, ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    return types.none(array, at, value, count), build
+
+
+@intrinsic
+def gather(typingctx: Any, array: Any, base: Any, places: Any, mask: Any) -> Any:
+    """Elements at `base + places` of the lanes where the mask holds; 0 in the others."""
+    vector = Vector(computed(array.dtype), places.lanes)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        made = context.make_array(array)(context, builder, args[0])
+        base = context.cast(builder, args[1], sig.args[1], types.intp)
+        lanes, scalar = vector.lanes, _scalar_ir(array.dtype)
+        start = builder.gep(made.data, [base], inbounds=False)
+        if context.enable_boundscheck:
+            _check_lanes(context, builder, made, base, args[2], args[3], places)
+        index = builder.sext(args[2], ir.VectorType(_I64, lanes))
+        start = builder.bitcast(start, scalar.as_pointer())
+        kind = ir.VectorType(scalar, lanes)
+        raw = ir.Constant(kind, None)
+        pointers = _broadcast(builder, builder.ptrtoint(start, _I64), lanes)
+        scale = ir.Constant(ir.VectorType(_I64, lanes), [_size(array.dtype)] * lanes)
+        addresses = builder.add(pointers, builder.mul(index, scale))
+        addresses = builder.inttoptr(addresses, ir.VectorType(scalar.as_pointer(), lanes))
+        arguments = [addresses, _I32(_size(array.dtype)), args[3], raw]
+        name = f"llvm.masked.gather.{_suffix(kind)}.v{lanes}p0"
+        raw = _intrinsic_of(builder, name, kind, arguments)
+        return _widened(builder, raw, array.dtype, lanes)
+
+    return vector(array, base, places, mask), build
+
+
+def _check_lanes(
+    context: Any, builder: Any, made: Any, base: Any, places: Any, mask: Any, kind: Vector
+) -> None:
+    for lane in range(kind.lanes):
+        inside = builder.extract_element(mask, _I32(lane))
+        with builder.if_then(inside):
+            place = builder.sext(builder.extract_element(places, _I32(lane)), _I64)
+            cgutils.do_boundscheck(context, builder, builder.add(base, place), made.nitems)
+
+
+# Between lanes --------------------------------------------------------------------
+
+
+def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+@intrinsic
+def evens(typingctx: Any, a: Any, b: Any) -> Any:
+    """The even elements of two successive vectors."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _shuffled(builder, args[0], args[1], list(range(0, 2 * a.lanes, 2)))
+
+    return a(a, b), build
+
+
+@intrinsic
+def odds(typingctx: Any, a: Any, b: Any) -> Any:
+    """The odd elements of two successive vectors."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _shuffled(builder, args[0], args[1], list(range(1, 2 * a.lanes, 2)))
+
+    return a(a, b), build
+
+
+@intrinsic
+def after1(typingctx: Any, a: Any, b: Any) -> Any:
+    """The vector that begins one element into `a` and ends in the successive `b`."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _shuffled(builder, args[0], args[1], list(range(1, a.lanes + 1)))
+
+    return a(a, b), build
+
+
+@intrinsic
+def after2(typingctx: Any, a: Any, b: Any) -> Any:
+    """The vector that begins two elements into `a` and ends in the successive `b`."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _shuffled(builder, args[0], args[1], list(range(2, a.lanes + 2)))
+
+    return a(a, b), build
+
+
+@intrinsic
+def braided_low(typingctx: Any, a: Any, b: Any) -> Any:
+    """a0, b0, a1, b1, ...: the first of two successive vectors whose evens are a, odds b."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        half = range(a.lanes // 2)
+        return _shuffled(builder, args[0], args[1], [k for i in half for k in (i, a.lanes + i)])
+
+    return a(a, b), build
+
+
+@intrinsic
+def braided_high(typingctx: Any, a: Any, b: Any) -> Any:
+    """The second of the vectors of `braided_low`."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        half = range(a.lanes // 2, a.lanes)
+        return _shuffled(builder, args[0], args[1], [k for i in half for k in (i, a.lanes + i)])
+
+    return a(a, b), build
+
+
+@intrinsic
+def lane(typingctx: Any, vector: Any, i: Any) -> Any:
+    """One element of a vector."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        i = context.cast(builder, args[1], sig.args[1], types.int32)
+        return builder.extract_element(args[0], i)
+
+    return vector.dtype(vector, i), build
+
+
+@intrinsic
+def with_lane(typingctx: Any, vector: Any, i: Any, number: Any) -> Any:
+    """The vector with one element replaced."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        i = context.cast(builder, args[1], sig.args[1], types.int32)
+        number_ = context.cast(builder, args[2], number, vector.dtype)
+        return builder.insert_element(args[0], number_, i)
+
+    return vector(vector, i, number), build
+
+
+# Lane by lane ---------------------------------------------------------------------
+
+
+@intrinsic
+def choose(typingctx: Any, condition: Any, yes: Any, no: Any) -> Any:
+    """`yes` in the lanes where the condition holds, else `no`; both of one vector type."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(*args)
+
+    return yes(condition, yes, no), build
+
+
+@intrinsic
+def bits_of(typingctx: Any, vector: Any) -> Any:
+    """The bits of a float32 vector as int32."""
+    out = Vector(types.int32, vector.lanes)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _vector_ir(out))
+
+    return out(vector), build
+
+
+@intrinsic
+def float_of(typingctx: Any, vector: Any) -> Any:
+    """The float32 vector of int32 bits."""
+    out = Vector(types.float32, vector.lanes)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _vector_ir(out))
+
+    return out(vector), build
+
+
+@intrinsic
+def converted(typingctx: Any, vector: Any, like: Any) -> Any:
+    """The numbers of a vector in the type of another with as many lanes."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _converted(builder, args[0], vector.dtype, like)
+
+    return like(vector, like), build
+
+
+@intrinsic
+def _root(typingctx: Any, vector: Any) -> Any:
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = _vector_ir(vector)
+        return _intrinsic_of(builder, f"llvm.sqrt.{_suffix(kind)}", kind, [args[0]])
+
+    return vector(vector), build
+
+
+def root(vector: Any) -> Any:
+    """Square roots."""
+    raise NotImplementedError
+
+
+@overload(root)
+def _overload_root(vector):
+    return lambda vector: _root(vector)
+
+
+def _both(a: Any, b: Any) -> Vector | None:
+    """The vector type that two operands meet in."""
+    if isinstance(a, Vector) and isinstance(b, Vector):
+        return a if a == b else None
+    if isinstance(a, Vector) and isinstance(b, (types.Number, types.Boolean)):
+        return a
+    if isinstance(b, Vector) and isinstance(a, (types.Number, types.Boolean)):
+        return b
+    return None
+
+
+def _operator(function: Any, by_float: Any, by_int: Any, *, compares: bool = False) -> None:
+    """Lets an operator of Python work on vectors; numbers beside them count for every lane."""
+
+    @infer_global(function)
+    class _Template(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: Any, kws: Any) -> Any:
+            meet = _both(*args) if len(args) == 2 else None
+            if meet is None:
+                return None
+            result = Vector(types.boolean, meet.lanes) if compares else meet
+            return signature(result, meet, meet)
+
+    @lower_builtin(function, Vector, Vector)
+    def _lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        dtype = sig.args[0].dtype
+        return (by_float if is_float(dtype) else by_int)(builder, *args, dtype)
+
+
+def _compare(sign: str) -> Any:
+    ordered = sign != "!="
+
+    def by_float(b: Any, x: Any, y: Any, dtype: Any) -> Any:
+        return b.fcmp_ordered(sign, x, y) if ordered else b.fcmp_unordered(sign, x, y)
+
+    def by_int(b: Any, x: Any, y: Any, dtype: Any) -> Any:
+        signed = getattr(dtype, "signed", False)
+        return b.icmp_signed(sign, x, y) if signed else b.icmp_unsigned(sign, x, y)
+
+    return by_float, by_int
+
+
+_operator(operator.add, lambda b, x, y, t: b.fadd(x, y), lambda b, x, y, t: b.add(x, y))
+_operator(operator.iadd, lambda b, x, y, t: b.fadd(x, y), lambda b, x, y, t: b.add(x, y))
+_operator(operator.sub, lambda b, x, y, t: b.fsub(x, y), lambda b, x, y, t: b.sub(x, y))
+_operator(operator.isub, lambda b, x, y, t: b.fsub(x, y), lambda b, x, y, t: b.sub(x, y))
+_operator(operator.mul, lambda b, x, y, t: b.fmul(x, y), lambda b, x, y, t: b.mul(x, y))
+_operator(operator.imul, lambda b, x, y, t: b.fmul(x, y), lambda b, x, y, t: b.mul(x, y))
+_operator(operator.truediv, lambda b, x, y, t: b.fdiv(x, y), None)
+_operator(operator.itruediv, lambda b, x, y, t: b.fdiv(x, y), None)
+_operator(operator.and_, None, lambda b, x, y, t: b.and_(x, y))
+_operator(operator.or_, None, lambda b, x, y, t: b.or_(x, y))
+_operator(operator.iand, None, lambda b, x, y, t: b.and_(x, y))
+_operator(operator.ior, None, lambda b, x, y, t: b.or_(x, y))
+_operator(operator.xor, None, lambda b, x, y, t: b.xor(x, y))
+_operator(operator.lshift, None, lambda b, x, y, t: b.shl(x, y))
+_operator(operator.rshift, None, lambda b, x, y, t: b.ashr(x, y) if t.signed else b.lshr(x, y))
+for _function, _sign in {
+    operator.lt: "<",
+    operator.le: "<=",
+    operator.gt: ">",
+    operator.ge: ">=",
+    operator.eq: "==",
+    operator.ne: "!=",
+}.items():
+    _by_float, _by_int = _compare(_sign)
+    _operator(_function, _by_float, _by_int, compares=True)
+
+
+@infer_global(operator.neg)
+@infer_global(operator.pos)
+@infer_global(abs)
+class _Unary(AbstractTemplate):  # type: ignore[misc]
+    def generic(self, args: Any, kws: Any) -> Any:
+        return signature(args[0], args[0]) if isinstance(args[0], Vector) else None
+
+
+@infer_global(operator.invert)
+class _Invert(AbstractTemplate):  # type: ignore[misc]
+    def generic(self, args: Any, kws: Any) -> Any:
+        return signature(args[0], args[0]) if isinstance(args[0], Vector) else None
+
+
+@lower_builtin(operator.neg, Vector)
+def _lower_neg(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return builder.fneg(args[0]) if is_float(sig.args[0].dtype) else builder.neg(args[0])
+
+
+@lower_builtin(operator.pos, Vector)
+def _lower_pos(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return args[0]
+
+
+@lower_builtin(operator.invert, Vector)
+def _lower_invert(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return builder.not_(args[0])
+
+
+@lower_builtin(abs, Vector)
+def _lower_abs(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    kind = _vector_ir(sig.args[0])
+    if is_float(sig.args[0].dtype):
+        return _intrinsic_of(builder, f"llvm.fabs.{_suffix(kind)}", kind, [args[0]])
+    return _intrinsic_of(builder, f"llvm.abs.{_suffix(kind)}", kind, [args[0], _I1(0)])
+
+
+@intrinsic
+def any_lane(typingctx: Any, mask: Any) -> Any:
+    """Whether a mask holds in some lane."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], ir.IntType(mask.lanes))
+        return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
+    return types.boolean(mask), build
+
+
+# Merging two candidates -------------------------------------------------------------
+
+
+@intrinsic
+def later_max(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger of two; a where they are equal; where one is NaN, a."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(_above(builder, args[1], args[0], a.dtype), args[1], args[0])
+
+    return a(a, b), build
+
+
+@intrinsic
+def later_min(typingctx: Any, a: Any, b: Any) -> Any:
+    """The smaller of two; a where they are equal; where one is NaN, a."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(_above(builder, args[0], args[1], a.dtype), args[1], args[0])
+
+    return a(a, b), build
+
+
+def _above(builder: Any, x: Any, y: Any, dtype: Any) -> Any:
+    if is_float(dtype):
+        return builder.fcmp_ordered(">", x, y)
+    signed = dtype.signed
+    return builder.icmp_signed(">", x, y) if signed else builder.icmp_unsigned(">", x, y)
+
+
+@intrinsic
+def or_nan(typingctx: Any, value: Any, a: Any, b: Any) -> Any:
+    """The value, but NaN where a or b is NaN. Written as a sum, so that it costs one comparison for
+    both and one masked instruction."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not is_float(value.dtype):
+            return args[0]
+        nan = builder.fcmp_unordered("uno", args[1], args[2])
+        return builder.select(nan, builder.fadd(args[1], args[2]), args[0])
+
+    return value(value, a, b), build
