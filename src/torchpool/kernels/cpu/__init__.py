@@ -16,8 +16,9 @@ from torch import Tensor
 
 from torchpool.kernels import layout
 from torchpool.kernels.cpu import backward as gradients
-from torchpool.kernels.cpu import direct, formulas, leaf, threads
+from torchpool.kernels.cpu import direct, formulas, leaf, scatter, sweep, threads
 from torchpool.kernels.cpu import plan as plans
+from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.plan import PADDED, VALID, Plan
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
 from torchpool.kernels.cpu.simd import BRAIN, HALF
@@ -27,6 +28,8 @@ from torchpool.windows import Axis
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LARGEST, _SMALLEST, _TOTAL = Largest(), Smallest(), Total()
+_MANY_COVERS = 36
+"""Where more windows cover an element, it is cheaper to ask each window for its winner."""
 _WORK = 4
 """What an element of an accumulation costs, as bytes of traffic, when threads are counted."""
 
@@ -95,7 +98,7 @@ def select(
         x (N, C, *S) -> (N, C, *O) in the layout of x, and the offsets in the window of the same
         shape (0,) unless `save`
     """
-    y = layout.empty_like(x, [axis.out_size for axis in axes])
+    y = in_large_pages(layout.empty_like(x, [axis.out_size for axis in axes]))
     dtype = layout.state_dtype(axes)
     state = torch.empty_like(y, dtype=dtype) if save else x.new_empty(0, dtype=dtype)
     if y.numel():
@@ -134,6 +137,13 @@ def _merge(
         threads.run(
             leaf.leaf, leaf.leaf_parallel, plan.rows_out, traffic, tag, *arrays, column, divisor
         )
+        return
+    if plan.is_large and mask is None:
+        units = plan.outer * -(-int(plan.geo[2, plans.OUT]) // plan.block)
+        kept = None if state is None else _flat(state, last)
+        options = (plan.geo, plan.tab, plan.inner, plan.block, column, divisor)
+        kernels = (sweep.sweep, sweep.sweep_parallel)
+        threads.run(*kernels, units, traffic, tag, _flat(x, last), _flat(y, last), kept, *options)
         return
     weights = None if mask is None else _flat(layout.to_layout(mask.expand(x.shape), last), last)
     kept = state
@@ -187,11 +197,32 @@ def select_backward(
     """
     last = layout.is_channels_last(state)
     grad = layout.to_layout(grad, last)
-    gx = layout.empty_like(state, [axis.in_size for axis in axes], grad.dtype)
+    gx = in_large_pages(layout.empty_like(state, [axis.in_size for axis in axes], grad.dtype))
     if gx.numel():
         plan = _plan(gx, axes)
-        _run_backward(_LARGEST, grad, None, None, None, _flat(state, last), gx, None, -1, 0.0, plan)
+        kept = _flat(state, last)
+        if plan.covers > _MANY_COVERS or plan.by_window:
+            _scatter(grad, kept, gx, plan)
+        else:
+            _run_backward(_LARGEST, grad, None, None, None, kept, gx, None, -1, 0.0, plan)
     return gx
+
+
+def _scatter(grad: Tensor, state: Any, gx: Tensor, plan: Plan) -> None:
+    last = layout.is_channels_last(gx)
+    threads.run(
+        scatter.scatter,
+        scatter.scatter_parallel,
+        plan.outer * plan.bands,
+        gx.nbytes + grad.nbytes,
+        _flat(grad, last),
+        state,
+        _flat(gx, last),
+        plan.geo,
+        plan.tab,
+        plan.inner,
+        plan.band,
+    )
 
 
 def _run_backward(
@@ -286,14 +317,14 @@ def accumulate(
     """
     sizes = [axis.out_size for axis in axes]
     if not _is_plain(reduction, mask, weights):
-        y = layout.empty_like(x, sizes)
+        y = in_large_pages(layout.empty_like(x, sizes))
         stats = layout.empty_stats(x, sizes, reduction, save)
         if y.numel():
             _accumulate_formulas(x, mask, weights, params, reduction, y, stats, _plan(x, axes))
         return y, stats
     if not x.dtype.is_floating_point:
         return _accumulate_integers(x, reduction, axes)
-    y = layout.empty_like(x, sizes)
+    y = in_large_pages(layout.empty_like(x, sizes))
     if y.numel():
         _merge(_TOTAL, x, None, y, None, *_divisor(reduction), _plan(x, axes))
     return y, layout.empty_stats(x, [], reduction, False)
@@ -379,11 +410,10 @@ def accumulate_backward(
     last = layout.is_channels_last(grad)
     dtype = layout.compute_dtype(grad.dtype)
     empty = grad.new_empty(0, dtype=dtype)
-    gx = layout.empty_like(grad, [axis.in_size for axis in axes])
+    gx = in_large_pages(layout.empty_like(grad, [axis.in_size for axis in axes]))
     if _is_plain(reduction, mask, weights):
         if needs[0] and gx.numel():
-            args = (_TOTAL, grad, None, None, None, None, gx, None)
-            _run_backward(*args, *_divisor(reduction), _plan(gx, axes))
+            _spread(grad, gx, reduction, axes)
         return gx if needs[0] else grad.new_empty(0), empty, empty
     gw = torch.empty_like(gx, dtype=dtype) if weights is not None else empty
     if not grad.numel() or not gx.numel():
@@ -410,6 +440,43 @@ def accumulate_backward(
         _run_backward(tag, grad, *inputs, gx, by_weights, -1, divisor, plan)
     gp = _by_parameter(tag, grad, array, scale, numbers, saved, plan) if needs[2] else empty
     return gx, gw, gp
+
+
+def _spread(grad: Tensor, gx: Tensor, reduction: Accumulation, axes: Sequence[Axis]) -> None:
+    """The gradient of a sum or mean: from each window to its elements, equally."""
+    plan = _plan(gx, axes)
+    column, divisor = _divisor(reduction)
+    mirrored = [_mirrored(axis) for axis in axes]
+    if plan.is_large and all(mirrored):
+        turned = _plan(grad, mirrored)  # type: ignore[arg-type]
+        if column >= 0:
+            grad = _over_counts(grad, reduction, axes)
+        _merge(_TOTAL, grad, None, gx, None, -1, 0.0, turned)
+        return
+    _run_backward(_TOTAL, grad, None, None, None, None, gx, None, column, divisor, plan)
+
+
+def _mirrored(axis: Axis) -> Axis | None:
+    """The windows in which the outputs that cover an element lie: at stride 1 they are regular."""
+    if axis.stride != 1 or axis.dilation != 1:
+        return None
+    before = axis.kernel - 1 - axis.before
+    after = axis.in_size - 1 + axis.before - (axis.out_size - 1)
+    if before < 0 or after < 0:
+        return None
+    return Axis(axis.out_size, axis.in_size, axis.kernel, 1, 1, before, after)
+
+
+def _over_counts(grad: Tensor, reduction: Accumulation, axes: Sequence[Axis]) -> Tensor:
+    """The gradient over the number of elements of each window, in the format that is computed
+    in."""
+    column, divisor = _divisor(reduction)
+    grad = grad.to(layout.compute_dtype(grad.dtype))
+    counts = torch.tensor(divisor or 1.0, dtype=grad.dtype)
+    for axis in axes if not divisor else ():
+        table = torch.tensor(axis.counts(column == PADDED), dtype=grad.dtype).clamp(min=1)
+        counts = counts[..., None] * table
+    return grad / counts
 
 
 def _by_parameter(

@@ -25,21 +25,24 @@ from torchpool.kernels.cpu.direct import (
     fits,
     kept_sums,
     parameter,
+    put_lanes,
     strided,
 )
 from torchpool.kernels.cpu.formulas import finish_grad, lift, lift_dx, num_sums
 from torchpool.kernels.cpu.lines import (
+    advance,
     count_row,
     cover_rows,
     covering,
     covers_of,
     lead_count,
+    most_at,
     most_covers,
     split,
     taps_of,
 )
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, STRIDE
-from torchpool.kernels.cpu.scalars import APART, INNER, JIT, Total, empty_buffer
+from torchpool.kernels.cpu.scalars import APART, INNER, JIT, Total, empty_buffer, inlined
 from torchpool.kernels.cpu.simd import (
     braided_high,
     braided_low,
@@ -48,13 +51,22 @@ from torchpool.kernels.cpu.simd import (
     gather,
     lane,
     lane_numbers,
+    load,
     load_as,
     load_first,
     splat,
     splat_as,
+    store,
     store_first,
     width,
 )
+
+
+@njit(**INNER)
+def load_up_to(x, at, count):
+    """`load_first`, which is slower where all lanes are loaded."""
+    return load(x, at) if count >= width(x) else load_first(x, at, count)
+
 
 # Shares ---------------------------------------------------------------------------------
 
@@ -74,7 +86,7 @@ def fill_shares(
     """
 
 
-@overload(fill_shares)
+@inlined(fill_shares)
 def _fill_shares(tag, shares, codes, at, g, state, row, count, size, counts, scale, p, params):
     if formulas.is_tag(tag):
         return _fill_derivatives
@@ -85,17 +97,17 @@ def _fill_shares(tag, shares, codes, at, g, state, row, count, size, counts, sca
 
 def _fill_winners(tag, shares, codes, at, g, state, row, count, size, counts, scale, p, params):
     for i in range(0, count, width(g)):
-        store_first(shares[0], at + i, load_first(g, row + i, count - i), count - i)
-    for i in range(count):
-        codes[at + i] = state[row + i]
+        store(shares[0], at + i, load_up_to(g, row + i, count - i))
+    for i in range(0, count, width(state)):
+        store(codes, at + i, load_up_to(state, row + i, count - i))
 
 
 def _fill_quotients(tag, shares, codes, at, g, state, row, count, size, counts, scale, p, params):
     for i in range(0, count, width(g)):
-        v = load_first(g, row + i, count - i)
+        v = load_up_to(g, row + i, count - i)
         if counts.size:
             v = v / (load_as(counts, i, v) * scale)
-        store_first(shares[0], at + i, v, count - i)
+        store(shares[0], at + i, v)
 
 
 def _fill_derivatives(tag, shares, codes, at, g, state, row, count, size, counts, scale, p, params):
@@ -117,7 +129,7 @@ def store_terms(shares: Any, at: Any, terms: Any, g: Any, count: Any) -> None:
     """Writes each of a tuple of derivatives, times the gradient."""
 
 
-@overload(store_terms)
+@inlined(store_terms)
 def _store_terms(shares, at, terms, g, count):
     def one(shares, at, terms, g, count):
         store_first(shares[0], at, terms[0] * g, count)
@@ -145,7 +157,7 @@ def num_shares(tag: Any) -> int:
     raise NotImplementedError
 
 
-@overload(num_shares)
+@inlined(num_shares)
 def _num_shares(tag):
     count = formulas.sums_of(tag) + 3 if formulas.is_tag(tag) else 1
     return lambda tag: count
@@ -161,7 +173,7 @@ def send(
     send them; each is the tap `code` of its output's window."""
 
 
-@overload(send)
+@inlined(send)
 def _send(tag, total, shares, codes, at, code, x, weight, p):
     if not formulas.is_tag(tag):
         if tag.instance_class is Total:
@@ -193,7 +205,7 @@ def tally(
     """The totals with one more term; the one by the weights only where there are weights."""
 
 
-@overload(tally)
+@inlined(tally)
 def _tally(tag, total, shares, at, live, sent, x, weight, a, p):
     if weight == types.none:
         return lambda tag, total, shares, at, live, sent, x, weight, a, p: (
@@ -216,7 +228,7 @@ def load_shares(tag: Any, shares: Any, at: Any, like: Any) -> Any:
     """The derivatives by the sums, as a tuple."""
 
 
-@overload(load_shares)
+@inlined(load_shares)
 def _load_shares(tag, shares, at, like):
     return (
         lambda tag, shares, at, like: (load_as(shares[0], at, like),),
@@ -242,7 +254,7 @@ def elements(x: Any, at: Any, stride: Any, count: Any, like: Any) -> Any:
     """The elements that some lanes stand for, 0 past the first `count`; None of None."""
 
 
-@overload(elements)
+@inlined(elements)
 def _elements(x, at, stride, count, like):
     if x == types.none:
         return lambda x, at, stride, count, like: None
@@ -300,7 +312,7 @@ def put_first(array: Any, at: Any, value: Any, count: Any) -> None:
     """`store_first`, unless the array is None."""
 
 
-@overload(put_first)
+@inlined(put_first)
 def _put_first(array, at, value, count):
     if array == types.none:
         return lambda array, at, value, count: None
@@ -308,55 +320,134 @@ def _put_first(array, at, value, count):
 
 
 @njit(**INNER)
-def row_by_output(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps,
-                  row, wide, geo, tab, inner):  # fmt: skip
-    """One input row whose windows lie at a regular stride; lanes are elements `stride` apart."""
+def singles(tag, m, size, x, weights, base, rows, bases, found, shares, codes, geo, like, p):
+    """`residue` for stride 1 and at most three taps side by side."""
+    total = like, like
+    v, w = elements(x, base + m, 1, size - m, like), elements(weights, base + m, 1, size - m, like)
+    kernel, shift = geo[3, KERNEL], m + geo[3, BEFORE]
+    for k in range(found):
+        at = rows[k] + shift
+        total = send(tag, total, shares, codes, at, bases[k], v, w, p)
+        if kernel > 1:
+            total = send(tag, total, shares, codes, at - 1, bases[k] + 1, v, w, p)
+        if kernel > 2:
+            total = send(tag, total, shares, codes, at - 2, bases[k] + 2, v, w, p)
+    return total
+
+
+@njit(**INNER)
+def pairs(tag, m, size, x, weights, base, rows, bases, found, shares, codes, geo, like, p):
+    """The totals of the even and of the odd elements from 2 m on, for stride 2 and at most three
+    taps side by side: taps 0 and 2 reach the one kind, tap 1 the other."""
+    kernel, before = geo[3, KERNEL], geo[3, BEFORE]
+    turned = before & 1
+    outer, inner = (like, like), (like, like)
+    left = size - 2 * m
+    v = elements(x, base + 2 * m + turned, 2, (left - turned + 1) >> 1, like)
+    w = elements(weights, base + 2 * m + turned, 2, (left - turned + 1) >> 1, like)
+    vi = elements(x, base + 2 * m + 1 - turned, 2, (left + turned) >> 1, like)
+    wi = elements(weights, base + 2 * m + 1 - turned, 2, (left + turned) >> 1, like)
+    shift = m + ((before + 1) >> 1)
+    for k in range(found):
+        at = rows[k] + shift
+        outer = send(tag, outer, shares, codes, at, bases[k], v, w, p)
+        if kernel > 2:
+            outer = send(tag, outer, shares, codes, at - 1, bases[k] + 2, v, w, p)
+        if kernel > 1:
+            inner = send(tag, inner, shares, codes, at - turned, bases[k] + 1, vi, wi, p)
+    return (inner, outer) if turned else (outer, inner)
+
+
+@njit(**INNER)
+def put_pairs(gx, at, even, odd, left):
+    """Writes even and odd elements side by side; `left` of them exist."""
+    if left >= 2 * width(even):
+        store(gx, at, braided_low(even, odd))
+        store(gx, at + width(even), braided_high(even, odd))
+    else:
+        store_first(gx, at, braided_low(even, odd), left)
+        if left > width(even):
+            store_first(gx, at + width(even), braided_high(even, odd), left - width(even))
+
+
+def put_pairs_of(array: Any, at: Any, even: Any, odd: Any, left: Any) -> None:
+    """`put_pairs`, unless the array is None."""
+
+
+@inlined(put_pairs_of)
+def _put_pairs_of(array, at, even, odd, left):
+    if array == types.none:
+        return lambda array, at, even, odd, left: None
+    return lambda array, at, even, odd, left: put_pairs(array, at, even, odd, left)
+
+
+@njit(**INNER)
+def small_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, geo):
+    """One input row under windows of at most three taps side by side, at stride 1 or 2."""
+    size = geo[3, SIZE]
+    like = splat(gx, 0)
+    lanes = width(like)
+    q = parameter(params, p, 0, like)
+    if geo[3, STRIDE] == 1:
+        for m in range(0, size, lanes):
+            a = singles(tag, m, size, x, weights, base, rows, bases, found, shares, codes, geo,
+                        like, q)  # fmt: skip
+            put_lanes(gx, base + m, a[0], size - m)
+            put_first(gw, base + m, a[1], size - m)
+        return
+    for m in range(0, (size + 1) >> 1, lanes):
+        a, b = pairs(
+            tag, m, size, x, weights, base, rows, bases, found, shares, codes, geo, like, q
+        )
+        put_pairs(gx, base + 2 * m, a[0], b[0], size - 2 * m)
+        put_pairs_of(gw, base + 2 * m, a[1], b[1], size - 2 * m)
+
+
+@njit(**APART)
+def any_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps, row,
+            geo):  # fmt: skip
+    """One input row under any windows at a regular stride; lanes are elements a stride apart."""
     size, stride = geo[3, SIZE], geo[3, STRIDE]
     like = splat(gx, 0)
     lanes = width(like)
     q = parameter(params, p, 0, like)
     for m in range(0, (size + stride - 1) // stride, lanes):
-        left = size - stride * m
-        if stride == 1:
-            a = residue(tag, 0, m, size, x, weights, base, rows, bases, found, shares, codes, taps,
-                        1, like, q)  # fmt: skip
-            store_first(gx, base + m, a[0], left)
-            put_first(gw, base + m, a[1], left)
-        elif stride == 2:
-            a = residue(tag, 0, m, size, x, weights, base, rows, bases, found, shares, codes, taps,
-                        2, like, q)  # fmt: skip
-            b = residue(tag, 1, m, size, x, weights, base, rows, bases, found, shares, codes, taps,
-                        2, like, q)  # fmt: skip
-            at = base + 2 * m
-            store_first(gx, at, braided_low(a[0], b[0]), left)
-            put_first(gw, at, braided_low(a[1], b[1]), left)
-            if left > lanes:
-                store_first(gx, at + lanes, braided_high(a[0], b[0]), left - lanes)
-                put_first(gw, at + lanes, braided_high(a[1], b[1]), left - lanes)
-        else:
-            for r in range(stride):
-                a = residue(tag, r, m, size, x, weights, base, rows, bases, found, shares, codes,
-                            taps, stride, like, q)  # fmt: skip
-                scatter(row, stride * m + r, stride, a[0], min(lanes, (left - r - 1) // stride + 1))
-                if gw is not None:
-                    scatter(row, size + stride * m + r, stride, a[1],
-                            min(lanes, (left - r - 1) // stride + 1))  # fmt: skip
-    if stride > 2:
-        flush(row, 0, gx, base, size)
-        flush(row, size, gw, base, size)
+        for r in range(stride):
+            a = residue(tag, r, m, size, x, weights, base, rows, bases, found, shares, codes, taps,
+                        stride, like, q)  # fmt: skip
+            left = min(lanes, (size - stride * m - r - 1) // stride + 1)
+            scatter(row, stride * m + r, stride, a[0], left)
+            if gw is not None:
+                scatter(row, size + stride * m + r, stride, a[1], left)
+    flush(row, 0, gx, base, size)
+    flush(row, size, gw, base, size)
 
 
-@njit(**APART)
+@njit(**INNER)
+def row_by_output(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps,
+                  row, hits, wide, geo, tab, inner):  # fmt: skip
+    """One input row whose windows lie at a regular stride."""
+    if geo[3, KERNEL] <= 3 and geo[3, STRIDE] <= 2 and geo[3, DILATION] == 1:
+        small_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, geo)
+    else:
+        any_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps,
+                row, geo)  # fmt: skip
+
+
+@njit(**INNER)
 def scatter(row, at, stride, v, count):
-    for i in range(count):
-        row[at + stride * i] = lane(v, i)
+    if stride == 1:
+        store_first(row, at, v, count)
+    else:
+        for i in range(count):
+            row[at + stride * i] = lane(v, i)
 
 
 def flush(row: Any, begin: Any, array: Any, at: Any, size: Any) -> None:
     """Copies a computed row where it belongs, rounded; nothing to None."""
 
 
-@overload(flush)
+@inlined(flush)
 def _flush(row, begin, array, at, size):
     if array == types.none:
         return lambda row, begin, array, at, size: None
@@ -370,28 +461,45 @@ def _flush(row, begin, array, at, size):
 
 @njit(**INNER)
 def row_by_channel(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes,
-                   taps, row, wide, geo, tab, inner):  # fmt: skip
+                   taps, row, hits, wide, geo, tab, inner):  # fmt: skip
     """One input row of positions of `inner` elements; lanes are channels."""
     like = splat(gx, 0)
-    for i in range(geo[3, SIZE]):
+    i = np.int64(0)
+    while i < geo[3, SIZE]:
         begin, end = covers_of(geo, tab, 3, i)
-        for c in range(0, inner, width(like)):
-            at, left = base + i * inner + c, inner - c
+        run = inner * covered_alike(geo, i)
+        count = np.int64(0)
+        for k in range(found):
+            for e in range(begin, end):
+                o, j = covering(geo, tab, 3, i, e)
+                hits[0, count] = rows[k] + o * inner
+                hits[1, count] = bases[k] + j
+                count += 1
+        for c in range(0, run, width(like)):
+            at, left = base + i * inner + c, run - c
             v, w = elements(x, at, 1, left, like), elements(weights, at, 1, left, like)
             q = parameter(params, p, c, like)
             total = like, like
-            for k in range(found):
-                for e in range(begin, end):
-                    o, j = covering(geo, tab, 3, i, e)
-                    place = rows[k] + o * inner + c
-                    total = send(tag, total, shares, codes, place, bases[k] + j, v, w, q)
-            store_first(gx, at, total[0], left)
+            for h in range(count):
+                total = send(tag, total, shares, codes, hits[0, h] + c, hits[1, h], v, w, q)
+            put_lanes(gx, at, total[0], left)
             put_first(gw, at, total[1], left)
+        i += run // inner
+
+
+@njit(**INNER)
+def covered_alike(geo, i):
+    """How many positions from `i` on are covered by all taps of windows at stride 1, so that their
+    channels make one run; else 1."""
+    span = (geo[3, KERNEL] - 1) * geo[3, DILATION]
+    if geo[3, STRIDE] == 1 and span <= i + geo[3, BEFORE] < geo[3, OUT]:
+        return min(geo[3, SIZE], geo[3, OUT] - geo[3, BEFORE]) - i
+    return np.int64(1)
 
 
 @njit(**INNER)
 def row_by_window(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps,
-                  row, wide, geo, tab, inner):  # fmt: skip
+                  row, hits, wide, geo, tab, inner):  # fmt: skip
     """One input row whose windows are long or irregular: what each window sends, one by one."""
     size = geo[3, SIZE]
     like = splat(gx, 0)
@@ -413,7 +521,7 @@ def send_window(
     """Adds what the output at shares[:, at] sends to the elements of its window in one row."""
 
 
-@overload(send_window)
+@inlined(send_window)
 def _send_window(tag, x, weights, p, base, at, code, shares, codes, row, size, wide, first, end,
                  start, step, like):  # fmt: skip
     if formulas.is_tag(tag):
@@ -465,7 +573,7 @@ def row_of(way: Any, *args: Any) -> None:
     """One input row, in one of these ways."""
 
 
-@overload(row_of)
+@inlined(row_of)
 def _row_of(way, *args):
     rows = {ByOutput: row_by_output, ByChannel: row_by_channel, ByWindow: row_by_window}
     row = rows[way.instance_class]
@@ -482,12 +590,17 @@ def lead_axis(geo):
 
 @njit(**INNER)
 def outputs_of(geo, tab, a, begin, end):
-    """The outputs along axis `a` that cover some position of `begin .. end - 1`."""
+    """The outputs along axis `a` that cover some position of `begin .. end - 1`. Which taps reach a
+    position repeats with the stride, so that a look at both ends is enough."""
     low, high = geo[a, OUT], np.int64(0)
-    for i in range(begin, end):
+    look = end - begin if geo[a, STRIDE] == 0 else geo[a, STRIDE] * geo[a, DILATION]
+    for i in range(begin, min(end, begin + look)):
         first, past = covers_of(geo, tab, a, i)
         if first < past:
             low = min(low, covering(geo, tab, a, i, first)[0])
+    for i in range(max(begin, end - look), end):
+        first, past = covers_of(geo, tab, a, i)
+        if first < past:
             high = max(high, covering(geo, tab, a, i, past - 1)[0] + 1)
     return low, max(low, high)
 
@@ -523,22 +636,23 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
         most = max(most, high - low)
     each = rest_of(geo, lead, OUT)
     before = 0 if inner > 1 else (geo[3, KERNEL] + 1) * geo[3, DILATION]
-    room = before + outs + before + 2 * lanes
-    shares = np.empty((num_shares(tag), most * each * room + lanes), number)
+    room = before + outs + before + 128
+    shares = np.empty((num_shares(tag), most * each * room + 128), number)
     shares[:] = 0
     if shares.shape[0] > 1:
         shares[shares.shape[0] - 1, :] = np.nan
-    codes = empty_codes(state, tag, most * each * room + lanes)
+    codes = empty_codes(state, tag, most * each * room + 128)
     covers = most_covers(geo, tab)
     rows, bases = np.empty(covers, np.int64), np.empty(covers, np.int64)
     taps = np.empty((max(1, geo[3, STRIDE]), 1 + 2 * geo[3, KERNEL]), np.int64)
     if geo[3, STRIDE] > 0 and inner == 1:
         sources(geo, taps)
     o, i = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    p = np.zeros(inner + lanes, number)
+    p = np.zeros((inner if params is None else size) + lanes, number)
     p_out = np.zeros(outs + lanes, number)
     wide = np.zeros((num_shares(tag), lanes), number)
     row = np.zeros(2 * geo[3, SIZE] + 4 * lanes, number)
+    hits = np.empty((2, covers * most_at(geo, tab, 3)), np.int64)
     counts = np.ones(outs + lanes if column >= 0 else 0, number)
     if column >= 0:
         count_row(counts, geo, tab, inner, column, fixed)
@@ -550,14 +664,17 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
         plane, b = unit // bands, unit % bands
         first, past = b * band, min((b + 1) * band, geo[lead, SIZE])
         if params is not None and plane != last:
-            fill_parameters(p, params, plane, planes_each, channels)
+            fill_parameters(p, params, plane, inner, planes_each, channels)
             for k in range(outs):
                 p_out[k] = p[k % inner]
             last = plane
         low, high = outputs_of(geo, tab, lead, first, past)
         for k in range((high - low) * each):
             line = plane * plane_outs + low * each + k
-            split(line, geo, OUT, o)
+            if k == 0:
+                split(line, geo, OUT, o)
+            else:
+                advance(geo, OUT, o, plane)
             scale = number(1)
             if column >= 0 and fixed == 0:
                 scale = number(lead_count(geo, tab, column, o))
@@ -568,12 +685,15 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
         origin = before - low * each * room
         for k in range((past - first) * rest):
             line = plane * plane_rows + first * rest + k
-            split(line, geo, SIZE, i)
+            if k == 0:
+                split(line, geo, SIZE, i)
+            else:
+                advance(geo, SIZE, i, plane)
             found = cover_rows(geo, tab, i, 0, room, rows, bases)
             for q in range(found):
                 rows[q] += origin
             row_of(way, tag, x, weights, p, params, gx, gw, line * size, rows, bases, found, shares,
-                   codes, taps, row, wide, geo, tab, inner)  # fmt: skip
+                   codes, taps, row, hits, wide, geo, tab, inner)  # fmt: skip
 
 
 @njit(parallel=True, **JIT)

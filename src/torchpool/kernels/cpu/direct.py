@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, prange, types
-from numba.extending import overload
 
 from torchpool.kernels.cpu import formulas
 from torchpool.kernels.cpu.formulas import (
@@ -41,7 +40,9 @@ from torchpool.kernels.cpu.lines import (
 from torchpool.kernels.cpu.plan import (
     BEFORE,
     DILATION,
+    HI,
     KERNEL,
+    LO,
     OUT,
     PADDED,
     SIZE,
@@ -57,6 +58,7 @@ from torchpool.kernels.cpu.scalars import (
     element,
     empty_buffer,
     identity,
+    inlined,
     merge,
     over,
 )
@@ -71,7 +73,9 @@ from torchpool.kernels.cpu.simd import (
     load_first,
     splat,
     splat_as,
+    store,
     store_first,
+    turned,
     width,
     with_lane,
 )
@@ -124,7 +128,7 @@ def keep(live: Any, new: Any, old: Any) -> Any:
     """`new` in the lanes that are live (None: all), else `old`."""
 
 
-@overload(keep)
+@inlined(keep)
 def _keep(live, new, old):
     if live == types.none:
         return lambda live, new, old: new
@@ -135,7 +139,7 @@ def both(a: Any, b: Any) -> Any:
     """Two masks as one; None stands for all lanes."""
 
 
-@overload(both)
+@inlined(both)
 def _both(a, b):
     if a == types.none:
         return lambda a, b: b
@@ -144,11 +148,22 @@ def _both(a, b):
     return lambda a, b: a & b
 
 
+def either(live: Any, seen: Any) -> Any:
+    """The lanes of one mask or the other; None stands for all lanes."""
+
+
+@inlined(either)
+def _either(live, seen):
+    if live == types.none:
+        return lambda live, seen: seen | ~seen
+    return lambda live, seen: seen | live
+
+
 def add_all(live: Any, sums: Any, weight: Any, terms: Any) -> Any:
     """The sums with the weighted terms added in the lanes that are live."""
 
 
-@overload(add_all)
+@inlined(add_all)
 def _add_all(live, sums, weight, terms):
     def one(live, sums, weight, terms):
         return (add_one(live, sums[0], weight, terms[0]),)
@@ -181,7 +196,7 @@ def add_one(live: Any, total: Any, weight: Any, term: Any) -> Any:
     """The same for one sum; a weight of None is 1."""
 
 
-@overload(add_one)
+@inlined(add_one)
 def _add_one(live, total, weight, term):
     if weight == types.none:
         return lambda live, total, weight, term: keep(live, total + term, total)
@@ -193,7 +208,7 @@ def begin(goal: Any, tag: Any, like: Any, first: Any) -> Any:
     gets."""
 
 
-@overload(begin)
+@inlined(begin)
 def _begin(goal, tag, like, first):
     kind = goal.instance_class
     if kind is Value:
@@ -229,7 +244,7 @@ def take(
     """
 
 
-@overload(take)
+@inlined(take)
 def _take(goal, tag, held, x, weight, live, code, a, p):
     kind = goal.instance_class
     if kind is Value:
@@ -251,7 +266,8 @@ def _take(goal, tag, held, x, weight, live, code, a, p):
 
 def _take_plain_winner(goal, tag, held, x, weight, live, code, a, p):
     wins = both(live, beats(tag, x, held[0]))
-    return choose(wins, x, held[0]), choose(wins, splat_as(held[1], code), held[1]), held[2]
+    codes = choose(wins, splat_as(held[1], code), held[1])
+    return choose(wins, x, held[0]), codes, either(live, held[2])
 
 
 def _take_masked_winner(goal, tag, held, x, weight, live, code, a, p):
@@ -287,7 +303,7 @@ def dot(d: Any, terms: Any) -> Any:
     """The sum of products of two tuples."""
 
 
-@overload(dot)
+@inlined(dot)
 def _dot(d, terms):
     return (
         lambda d, terms: d[0] * terms[0],
@@ -301,7 +317,7 @@ def present(live: Any, weight: Any) -> Any:
     """Lanes that have the element with a weight that is not 0."""
 
 
-@overload(present)
+@inlined(present)
 def _present(live, weight):
     if weight == types.none:
         return lambda live, weight: live
@@ -312,7 +328,7 @@ def amount(weight: Any) -> Any:
     """How much an element counts."""
 
 
-@overload(amount)
+@inlined(amount)
 def _amount(weight):
     return (lambda weight: 1.0) if weight == types.none else (lambda weight: weight)
 
@@ -324,7 +340,7 @@ def weights_at(weights: Any, at: Any, stride: Any, like: Any) -> Any:
     """The weights of the elements that `strided` reads; None where there are none."""
 
 
-@overload(weights_at)
+@inlined(weights_at)
 def _weights_at(weights, at, stride, like):
     if weights == types.none:
         return lambda weights, at, stride, like: None
@@ -335,7 +351,7 @@ def weights_in(weights: Any, base: Any, places: Any, live: Any) -> Any:
     """The same for elements that `gather` reads."""
 
 
-@overload(weights_in)
+@inlined(weights_in)
 def _weights_in(weights, base, places, live):
     if weights == types.none:
         return lambda weights, base, places, live: None
@@ -384,9 +400,14 @@ def visit_outputs(goal, tag, held, x, weights, rows, codes, found, o, count, geo
                 numbers = lane_numbers(like)
                 places = numbers * stride + place
                 live = (places >= 0) & (places < size) & (numbers < count)
-                held = take_edge(
-                    goal, tag, held, x, weights, rows[k], places, live, codes[k] + j, a, p
-                )
+                if stride <= 2 and fits(x, at, stride * lanes):
+                    t = strided(x, at, stride, like)
+                    w = weights_at(weights, at, stride, like)
+                    held = take(goal, tag, held, t, w, live, codes[k] + j, a, p)
+                else:
+                    held = take_edge(
+                        goal, tag, held, x, weights, rows[k], places, live, codes[k] + j, a, p
+                    )
     return held
 
 
@@ -421,6 +442,9 @@ def visit_window(goal, tag, held, x, weights, rows, codes, found, window, a, p):
             if j + width(like) <= end and step == 1:
                 t, w = load_as(x, at, like), weights_at(weights, at, 1, like)
                 held = take(goal, tag, held, t, w, None, numbers + (codes[k] + j), a, p)
+            elif step == 1 and weights is None:
+                t, live = load_first(x, at, end - j), numbers < end - j
+                held = take(goal, tag, held, t, None, live, numbers + (codes[k] + j), a, p)
             else:
                 live = numbers < end - j
                 held = take_edge(
@@ -438,15 +462,15 @@ def across(goal: Any, tag: Any, held: Any) -> Any:
     lane."""
 
 
-@overload(across)
+@inlined(across)
 def _across(goal, tag, held):
     kind = goal.instance_class
     if kind is Value:
-        return lambda goal, tag, held: (splat_as(held[0], _merged(tag, held[0])),)
+        return lambda goal, tag, held: (_merged(tag, held[0]),)
     if kind is Winner:
         return _across_winner
     if kind is Anchor:
-        return lambda goal, tag, held: (splat_as(held[0], _largest(held[0])),)
+        return lambda goal, tag, held: (_largest(held[0]),)
     if kind is Centre:
         return lambda goal, tag, held: (_total(held[0]), _total(held[1]))
     if kind is Slope:
@@ -473,49 +497,62 @@ def _across(goal, tag, held):
 
 @njit(**INNER)
 def _merged(tag, v):
-    best = lane(v, 0)
-    for i in range(1, width(v)):
-        best = merge(tag, best, lane(v, i))
-    return best
+    if width(v) > 32:
+        v = merge(tag, v, turned(v, 32))
+    if width(v) > 16:
+        v = merge(tag, v, turned(v, 16))
+    if width(v) > 8:
+        v = merge(tag, v, turned(v, 8))
+    v = merge(tag, v, turned(v, 4))
+    v = merge(tag, v, turned(v, 2))
+    return merge(tag, v, turned(v, 1))
+
+
+@njit(**INNER)
+def _larger(a, b):
+    return choose((b > a) | (b != b), b, a)
 
 
 @njit(**INNER)
 def _largest(v):
-    best = lane(v, 0)
-    for i in range(1, width(v)):
-        k = lane(v, i)
-        if k > best or k != k:
-            best = k
-    return best
+    if width(v) > 8:
+        v = _larger(v, turned(v, 8))
+    v = _larger(v, turned(v, 4))
+    v = _larger(v, turned(v, 2))
+    return _larger(v, turned(v, 1))
 
 
 @njit(**INNER)
 def _total(v):
-    total = lane(v, 0)
-    for i in range(1, width(v)):
-        total += lane(v, i)
-    return splat_as(v, total)
-
-
-def _across_winner(goal, tag, held):
-    best, code, seen = held
-    v, c, any_seen = lane(best, 0), lane(code, 0), lane(seen, 0)
-    for i in range(1, width(best)):
-        u, d, s = lane(best, i), lane(code, i), lane(seen, i)
-        wins = beats(tag, u, v) or beats_at_once(tag, u, v, d < c)
-        if v != v and u == u:
-            wins = False
-        if v != v and u != u:
-            wins = d > c
-        if (s and not any_seen) or (wins and (s or not any_seen)):
-            v, c = u, d
-        any_seen = any_seen or s
-    return splat_as(best, v), splat_as(code, c), seen
+    if width(v) > 8:
+        v += turned(v, 8)
+    v += turned(v, 4)
+    v += turned(v, 2)
+    return v + turned(v, 1)
 
 
 @njit(**INNER)
-def beats_at_once(tag, candidate, best, earlier):
-    return candidate == best and earlier
+def _better(tag, held, other):
+    """The winner of two in each lane, whichever comes first in the window."""
+    v, c, seen = held
+    u, d, also = other
+    lost = v != v
+    wins = (beats(tag, u, v) & ~lost) | ((u == v) & (d < c)) | ((u != u) & lost & (d > c))
+    wins = also & (wins | ~seen)
+    return choose(wins, u, v), choose(wins, d, c), seen | also
+
+
+def _across_winner(goal, tag, held):
+    v, c, s = held
+    if width(v) > 32:
+        v, c, s = _better(tag, (v, c, s), (turned(v, 32), turned(c, 32), turned(s, 32)))
+    if width(v) > 16:
+        v, c, s = _better(tag, (v, c, s), (turned(v, 16), turned(c, 16), turned(s, 16)))
+    if width(v) > 8:
+        v, c, s = _better(tag, (v, c, s), (turned(v, 8), turned(c, 8), turned(s, 8)))
+    v, c, s = _better(tag, (v, c, s), (turned(v, 4), turned(c, 4), turned(s, 4)))
+    v, c, s = _better(tag, (v, c, s), (turned(v, 2), turned(c, 2), turned(s, 2)))
+    return _better(tag, (v, c, s), (turned(v, 1), turned(c, 1), turned(s, 1)))
 
 
 # Places: which windows the lanes of a vector are ------------------------------------------
@@ -558,7 +595,7 @@ def visit(
     the windows, the offsets of their first taps, and how many there are."""
 
 
-@overload(visit)
+@inlined(visit)
 def _visit(place, goal, tag, held, x, weights, lines, geo, a, p):
     kind = place.instance_class
     if kind is Outputs:
@@ -581,7 +618,7 @@ def first_code(place: Any, like: Any, codes: Any, state: Any, geo: Any) -> Any:
     """The offset of the first valid element of each window; None where offsets are not kept."""
 
 
-@overload(first_code)
+@inlined(first_code)
 def _first_code(place, like, codes, state, geo):
     if state == types.none:
         return lambda place, like, codes, state, geo: None
@@ -606,7 +643,7 @@ def divisors(place: Any, like: Any, pads: Any, o: Any) -> Any:
     """Padding that the windows at a place count, one number for each."""
 
 
-@overload(divisors)
+@inlined(divisors)
 def _divisors(place, like, pads, o):
     if place.instance_class is Outputs:
         return lambda place, like, pads, o: load_as(pads, o, like)
@@ -621,7 +658,7 @@ def solve(
     the anchor, the sums and n."""
 
 
-@overload(solve)
+@inlined(solve)
 def _solve(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean):
     if formulas.is_tag(tag):
         return _solve_formulas
@@ -669,16 +706,25 @@ def _solve_formulas(place, tag, x, weights, lines, state, geo, p, pads, o, fixed
 # Writing ------------------------------------------------------------------------------------
 
 
+@njit(**INNER)
+def put_lanes(array, at, value, count):
+    """`store_first`, which is slower where all lanes are stored."""
+    if count >= width(value):
+        store(array, at, value)
+    else:
+        store_first(array, at, value, count)
+
+
 def keep_state(state: Any, at: Any, kept: Any, count: Any, size: Any) -> None:
     """Writes what `solve` keeps; `size` is the number of outputs."""
 
 
-@overload(keep_state)
+@inlined(keep_state)
 def _keep_state(state, at, kept, count, size):
     if kept == types.none:
         return lambda state, at, kept, count, size: None
     if not isinstance(kept, types.BaseTuple):
-        return lambda state, at, kept, count, size: store_first(state, at, kept, count)
+        return lambda state, at, kept, count, size: put_lanes(state, at, kept, count)
 
     def one(state, at, kept, count, size):
         if state.size:
@@ -717,7 +763,7 @@ def scaled(value: Any, counts: Any, at: Any, scale: Any, tag: Any, is_mean: Any)
     """A total divided by its count; any other value as it is."""
 
 
-@overload(scaled)
+@inlined(scaled)
 def _scaled(value, counts, at, scale, tag, is_mean):
     if tag.instance_class is not Total:
         return lambda value, counts, at, scale, tag, is_mean: value
@@ -730,7 +776,7 @@ def parameter(params: Any, row: Any, c: Any, like: Any) -> Any:
     """The parameter of the lanes from position `c` of a row on; None without one."""
 
 
-@overload(parameter)
+@inlined(parameter)
 def _parameter(params, row, c, like):
     if params == types.none:
         return lambda params, row, c, like: None
@@ -738,11 +784,11 @@ def _parameter(params, row, c, like):
 
 
 @njit(**INNER)
-def fill_parameters(row, params, plane, planes_each, channels):
+def fill_parameters(row, params, plane, inner, planes_each, channels):
     """The parameter of each position of a row of `inner` elements; `planes_each` planes lie beside
     each other in a channel, 0 if channels are the fastest axis."""
     for c in range(row.size):
-        channel = c % channels if planes_each == 0 else plane // planes_each % channels
+        channel = plane // planes_each % channels if planes_each else c % inner % channels
         row[c] = params[channel if params.size > 1 else 0]
 
 
@@ -767,7 +813,7 @@ def fill_pads(pads, geo, tab, o, include_pad):
 
 @njit(**INNER)
 def write(y, state, at, v, kept, count, counts, o, scale, tag, is_mean):
-    store_first(y, at, scaled(v, counts, o, scale, tag, is_mean), count)
+    put_lanes(y, at, scaled(v, counts, o, scale, tag, is_mean), count)
     keep_state(state, at, kept, count, y.size)
 
 
@@ -788,21 +834,34 @@ def row_of_outputs(tag, x, weights, params, row, y, state, at, lines, geo, tab, 
 
 
 @njit(**INNER)
+def alike_from(geo, o):
+    """How many windows from `o` on lie inside the input and side by side at stride 1, so that their
+    channels make one run; else 1."""
+    if geo[3, STRIDE] == 1 and geo[3, LO] <= o < geo[3, HI]:
+        return geo[3, HI] - o
+    return np.int64(1)
+
+
+@njit(**INNER)
 def row_of_channels(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
                     ahead, ask):  # fmt: skip
     """Lanes are channels."""
     like = splat(x, 0)
     pads, counts, scale, fixed, is_mean = means
-    for o in range(geo[3, OUT]):
+    o = np.int64(0)
+    while o < geo[3, OUT]:
         first, end, start = taps_of(geo, tab, 3, o)
-        for c in range(0, inner, width(like)):
+        whole = alike_from(geo, o)
+        run = whole * inner
+        for c in range(0, run, width(like)):
             ahead = request(x, ahead, ask)
-            count = min(width(like), inner - c)
+            count = min(width(like), run - c)
             place = Inner(first, end, start, geo[3, DILATION], c, count, inner)
             p = parameter(params, row, c, like)
             v, kept = solve(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean)
             i = o * inner + c
             write(y, state, at + i, v, kept, count, counts, i, scale, tag, is_mean)
+        o += whole
 
 
 @njit(**INNER)
@@ -842,7 +901,7 @@ def walk(way: Any, *args: Any) -> None:
     """One row of outputs, which begins at y[at], in one of these ways."""
 
 
-@overload(walk)
+@inlined(walk)
 def _walk(way, *args):
     rows = {ByOutput: row_of_outputs, ByChannel: row_of_channels, ByWindow: row_of_windows}
     row = rows[way.instance_class]
@@ -867,7 +926,7 @@ def direct(begin, end, way, tag, x, weights, params, y, state, geo, tab, inner, 
     rows, codes, o = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(3, np.int64)
     lanes = width(x)
     number = empty_buffer(x, 0).dtype.type
-    row = empty_buffer(x, inner + lanes)
+    row = empty_buffer(x, (inner if params is None else row_size) + lanes)
     pads = empty_buffer(x, geo[3, OUT] + lanes)
     counts = empty_buffer(x, row_size + lanes)
     is_mean = column >= 0
@@ -879,7 +938,7 @@ def direct(begin, end, way, tag, x, weights, params, y, state, geo, tab, inner, 
     last = np.int64(-1)
     for unit in range(begin, end):
         if params is not None and plane != last:
-            fill_parameters(row, params, plane, planes_each, channels)
+            fill_parameters(row, params, plane, inner, planes_each, channels)
             last = plane
         found = window_rows(geo, tab, o, plane, size, rows, codes)
         scale = number(lead_count(geo, tab, column, o) if is_mean and fixed == 0 else 1)
@@ -909,7 +968,7 @@ def kept_of(place: Any, array: Any, at: Any, count: Any, like: Any) -> Any:
     """Numbers of the windows at a place: one of each lane, or the same in all lanes."""
 
 
-@overload(kept_of)
+@inlined(kept_of)
 def _kept_of(place, array, at, count, like):
     if place.instance_class is Whole:
         return lambda place, array, at, count, like: splat_as(like, element(array, at))
@@ -920,7 +979,7 @@ def kept_sums(tag: Any, place: Any, state: Any, at: Any, count: Any, size: Any, 
     """The sums that the forward pass kept."""
 
 
-@overload(kept_sums)
+@inlined(kept_sums)
 def _kept_sums(tag, place, state, at, count, size, like):
     def one(tag, place, state, at, count, size, like):
         return (kept_of(place, state, at + size, count, like),)
@@ -966,7 +1025,7 @@ def slopes(way: Any, *args: Any) -> None:
     """Adds the derivatives of one row of outputs to by_p[at] and following."""
 
 
-@overload(slopes)
+@inlined(slopes)
 def _slopes(way, *args):
     rows = {ByOutput: slopes_of_outputs, ByChannel: slopes_of_channels, ByWindow: slopes_of_windows}
     row = rows[way.instance_class]
@@ -1024,7 +1083,7 @@ def by_parameter(begin, end, way, tag, g, x, weights, params, state, by_p, geo, 
     last = np.int64(-1)
     for unit in range(begin, end):
         if plane != last:
-            fill_parameters(row, params, plane, planes_each, channels)
+            fill_parameters(row, params, plane, inner, planes_each, channels)
             last = plane
         found = window_rows(geo, tab, o, plane, size, rows, codes)
         by_p[unit * inner : (unit + 1) * inner] = 0

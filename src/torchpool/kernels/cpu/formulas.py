@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 from numba import njit, types
-from numba.extending import overload
 
 from torchpool import reductions
 from torchpool.kernels.cpu import scalars
-from torchpool.kernels.cpu.scalars import is_single
+from torchpool.kernels.cpu.scalars import inlined, is_single
 from torchpool.kernels.cpu.simd import Vector, splat_as
 from torchpool.reductions import Accumulation
 
@@ -134,7 +133,7 @@ def alike(number: Any, like: Any) -> Any:
     """A number as one of the type of `like`: a scalar or a vector."""
 
 
-@overload(alike, inline="always")
+@inlined(alike)
 def _alike(number, like):
     if isinstance(like, Vector):
         return lambda number, like: splat_as(like, number)
@@ -147,7 +146,7 @@ def num_sums(tag: Any) -> int:
     raise NotImplementedError
 
 
-@overload(num_sums)
+@inlined(num_sums)
 def _num_sums(tag):
     count = _kind(tag).num_sums
     return lambda tag: count
@@ -158,7 +157,7 @@ def anchor(tag: Any) -> int:
     raise NotImplementedError
 
 
-@overload(anchor)
+@inlined(anchor)
 def _anchor(tag):
     code = (None, "max", "mean").index(_kind(tag).anchor)
     return lambda tag: code
@@ -169,7 +168,7 @@ def key(tag: Any, x: Any, p: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(key)
+@inlined(key)
 def _key(tag, x, p):
     f = _formula(_kind(tag), "key", is_single(x))
     return lambda tag, x, p: alike(f(x, p), x)
@@ -180,7 +179,7 @@ def least(tag: Any, p: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(least)
+@inlined(least)
 def _least(tag, p):
     f = _formula(_kind(tag), "least", is_single(p))
     return lambda tag, p: alike(f(p), p)
@@ -231,9 +230,9 @@ def lift_dp(tag: Any, x: Any, a: Any, p: Any) -> Any:
     raise NotImplementedError
 
 
-overload(lift)(_terms("lift"))
-overload(lift_dx)(_terms("lift_dx"))
-overload(lift_dp)(_terms("lift_dp"))
+inlined(lift)(_terms("lift"))
+inlined(lift_dx)(_terms("lift_dx"))
+inlined(lift_dp)(_terms("lift_dp"))
 
 
 def finish(tag: Any, s: Any, n: Any, a: Any, p: Any) -> Any:
@@ -241,7 +240,7 @@ def finish(tag: Any, s: Any, n: Any, a: Any, p: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(finish)
+@inlined(finish)
 def _finish(tag, s, n, a, p):
     f = _formula(_kind(tag), "finish", is_single(n))
     return lambda tag, s, n, a, p: alike(f(s, n, a, p), n)
@@ -252,7 +251,7 @@ def finish_grad(tag: Any, s: Any, n: Any, a: Any, p: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(finish_grad)
+@inlined(finish_grad)
 def _finish_grad(tag, s, n, a, p):
     kind = _kind(tag)
     f = _formula(kind, "finish_grad", is_single(n))
@@ -285,7 +284,7 @@ def zeros(tag: Any, like: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(zeros)
+@inlined(zeros)
 def _zeros(tag, like):
     return (
         lambda tag, like: (alike(0, like),),

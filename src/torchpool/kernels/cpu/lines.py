@@ -114,6 +114,14 @@ def cover_rows(geo, tab, i, plane, size, rows, codes):
     """The output rows that cover an input row, in order: where each begins, in elements, and the
     offset in its window of the row's first tap. Returns how many there are."""
     found = 0
+    if geo[0, SIZE] == 1 and geo[1, SIZE] == 1 and geo[0, OUT] == 1 and geo[1, OUT] == 1:
+        begin, end = covers_of(geo, tab, 2, i[2])
+        for k in range(begin, end):
+            o, j = covering(geo, tab, 2, i[2], k)
+            rows[found] = (plane * geo[2, OUT] + o) * size
+            codes[found] = j * geo[3, KERNEL]
+            found += 1
+        return found
     begin0, end0 = covers_of(geo, tab, 0, i[0])
     begin1, end1 = covers_of(geo, tab, 1, i[1])
     begin2, end2 = covers_of(geo, tab, 2, i[2])
@@ -137,16 +145,19 @@ def most_rows(geo):
 
 
 @njit(**INNER)
+def most_at(geo, tab, a):
+    """At most so many outputs cover a position along axis `a`."""
+    most = np.int64(1)
+    if not is_idle(geo, a):
+        for i in range(geo[a, SIZE]):
+            most = max(most, tab[geo[a, COVER] + i + 1] - tab[geo[a, COVER] + i])
+    return most
+
+
+@njit(**INNER)
 def most_covers(geo, tab):
     """At most so many output rows cover an input row."""
-    count = np.int64(1)
-    for a in range(3):
-        most = np.int64(1)
-        if not is_idle(geo, a):
-            for i in range(geo[a, SIZE]):
-                most = max(most, tab[geo[a, COVER] + i + 1] - tab[geo[a, COVER] + i])
-        count *= most
-    return count
+    return most_at(geo, tab, 0) * most_at(geo, tab, 1) * most_at(geo, tab, 2)
 
 
 @njit(**INNER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -46,9 +47,11 @@ class Plan(NamedTuple):
     outputs that cover input i, in order, at COVER[i] .. COVER[i + 1] of COVER_OUT and COVER_TAP.
 
     `by_channel` and `by_window` say what the lanes of a vector are (else windows side by side),
-    `is_leaf` whether windows are small and lie on contiguous rows. `taps` is the size of a window,
-    `planes_each` how many planes of `outer` a channel has (0: channels are the fastest axis). A
-    band is so many positions along the leading axis.
+    `is_leaf` whether windows are small and lie on contiguous rows, `is_large` whether they are
+    large and may be reduced axis by axis, `block` rows of outputs at a time. `taps` is the size of
+    a window; `covers` outputs cover an element at most. `planes_each` is how many planes of `outer`
+    a channel has (0: channels are the fastest axis). A band is so many positions along the leading
+    axis.
     """
 
     geo: Any
@@ -61,7 +64,10 @@ class Plan(NamedTuple):
     by_channel: bool
     by_window: bool
     is_leaf: bool
+    is_large: bool
+    block: int
     has_empty: bool
+    covers: int
     band: int
     bands: int
 
@@ -152,7 +158,10 @@ def plan(axes: tuple[Axis, ...], planes: int, channels: int, channels_last: bool
         inner > 1,
         inner == 1 and (last.is_adaptive or is_long),
         inner == 1 and last.kernel <= 3 and last.dilation == 1 and last.stride in (1, 2),
+        _is_large(padded, is_long and inner == 1),
+        _block(geo, inner),
         bool(geo[:, EMPTY].any()),
+        math.prod(map(_covers, padded)),
         band,
         bands,
     )
@@ -162,6 +171,39 @@ LONG = 16
 """Windows of so many taps are read along themselves, unless they overlap much."""
 SCRATCH = 1 << 15
 """Elements of the shares of a band that stay in the second cache."""
+
+
+LARGE = 12
+"""Windows of more elements are reduced axis by axis where that is possible."""
+BUFFER = 1 << 17
+"""Elements of the rows of a block that stay in the second cache."""
+
+
+def _is_large(axes: Sequence[Axis], is_long: bool) -> bool:
+    first, second, *last = axes
+    regular = all(axis.dilation == 1 and axis.stride > 0 for axis in last)
+    return (
+        first.in_size == second.in_size == first.kernel == second.kernel == 1
+        and regular
+        and not is_long
+        and last[0].kernel * last[1].kernel > LARGE
+    )
+
+
+def _block(geo: Any, inner: int) -> int:
+    """Rows of outputs of a block: as many as the cache holds, but not fewer than twice a window."""
+    row = int(geo[-1, OUT]) * inner
+    kernel, stride, outs = (int(geo[2, column]) for column in (KERNEL, STRIDE, OUT))
+    most = max((BUFFER // max(1, row) - kernel) // max(1, stride), 2 * kernel // max(1, stride), 8)
+    count = -(-outs // most)
+    return max(1, -(-outs // count)) if outs else 1
+
+
+def _covers(axis: Axis) -> int:
+    """How many windows cover an element at most."""
+    if axis.is_adaptive:
+        return -(-axis.out_size // max(1, axis.in_size)) + 1
+    return -(-axis.kernel // axis.stride)
 
 
 def _bands(geo: Any, inner: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ library's in float64.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,10 @@ JIT: dict[str, Any] = {"cache": True, **_COMMON}
 """Options of kernels."""
 
 
+inlined: Any = partial(overload, jit_options=INNER)  # type: ignore[arg-type]
+"""`numba.extending.overload` for implementations that become a part of the kernels."""
+
+
 class Largest(NamedTuple):
     """Tag: the larger of two candidates, NaN above all, the first of equals."""
 
@@ -66,7 +71,7 @@ def beats(tag: Any, candidate: Any, best: Any) -> Any:
     """Whether a later candidate wins over the best so far."""
 
 
-@overload(beats)
+@inlined(beats)
 def _beats(tag, candidate, best):
     if tag.instance_class is Largest:
         return lambda tag, candidate, best: (candidate > best) | (candidate != candidate)
@@ -79,7 +84,7 @@ def merge(tag: Any, first: Any, second: Any) -> Any:
     """Both candidates as one value."""
 
 
-@overload(merge)
+@inlined(merge)
 def _merge(tag, first, second):
     if tag.instance_class is Total:
         return lambda tag, first, second: first + second
@@ -100,7 +105,7 @@ def merge3(tag: Any, first: Any, second: Any, third: Any) -> Any:
     those of the others."""
 
 
-@overload(merge3)
+@inlined(merge3)
 def _merge3(tag, first, second, third):
     if tag.instance_class is Total:
         return lambda tag, first, second, third: first + second + third
@@ -117,7 +122,7 @@ def identity(tag: Any, like: Any) -> Any:
     """What never changes a merge, in the format that `like` is computed in: what padding holds."""
 
 
-@overload(identity)
+@inlined(identity)
 def _identity(tag, like):
     dtype = simd.computed(like.dtype)
     if tag.instance_class is Total:
@@ -133,7 +138,7 @@ def over(total: Any, counts: Any, at: Any, scale: Any) -> Any:
     """A vector of totals over their counts, times `scale`; integers stay totals."""
 
 
-@overload(over)
+@inlined(over)
 def _over(total, counts, at, scale):
     if not simd.is_float(total.dtype):
         return lambda total, counts, at, scale: total
@@ -165,7 +170,7 @@ def element(x: Any, i: Any) -> Any:
     return x[i]
 
 
-@overload(element)
+@inlined(element)
 def _element(x, i):
     if not isinstance(x.dtype, types.Record):
         return lambda x, i: x[i]
@@ -208,7 +213,7 @@ def bits_of(x: Any) -> Any:
     """The bits of a float32 as int32."""
 
 
-@overload(bits_of)
+@inlined(bits_of)
 def _bits_of(x):
     if isinstance(x, Vector):
         return lambda x: simd.bits_of(x)
@@ -219,7 +224,7 @@ def float_of(bits: Any) -> Any:
     """The float32 of int32 bits."""
 
 
-@overload(float_of)
+@inlined(float_of)
 def _float_of(bits):
     if isinstance(bits, Vector):
         return lambda bits: simd.float_of(bits)
@@ -231,7 +236,7 @@ def where(condition: Any, yes: Any, no: Any) -> Any:
     return yes if condition else no
 
 
-@overload(where)
+@inlined(where)
 def _where(condition, yes, no):
     if not isinstance(condition, Vector):
         if isinstance(yes, Vector) and not isinstance(no, Vector):
@@ -336,7 +341,7 @@ def exp(x: Any) -> Any:
     return math.exp(x)
 
 
-@overload(exp)
+@inlined(exp)
 def _exp(x):
     if is_single(x):
 
@@ -353,7 +358,7 @@ def expm1(x: Any) -> Any:
     return math.expm1(x)
 
 
-@overload(expm1)
+@inlined(expm1)
 def _expm1(x):
     if is_single(x):
 
@@ -383,7 +388,7 @@ def float_from(number: Any, like: Any) -> Any:
     """An integer (or a vector of them) as a number of the type of `like`."""
 
 
-@overload(float_from)
+@inlined(float_from)
 def _float_from(number, like):
     if isinstance(like, Vector):
         return lambda number, like: simd.converted(number, like)
@@ -400,7 +405,7 @@ def _log_library(x):
     return math.log(x) if x > 0 else (-np.inf if x == 0 else np.nan)
 
 
-@overload(log)
+@inlined(log)
 def _log(x):
     if is_single(x):
 
@@ -425,7 +430,7 @@ def _log1p_library(x):
     return math.log1p(x) if x > -1 else (-np.inf if x == -1 else np.nan)
 
 
-@overload(log1p)
+@inlined(log1p)
 def _log1p(x):
     if is_single(x):
 
@@ -444,7 +449,7 @@ def sqrt(x: Any) -> Any:
     return math.sqrt(x)
 
 
-@overload(sqrt)
+@inlined(sqrt)
 def _sqrt(x):
     if isinstance(x, Vector):
         return lambda x: simd.root(x)

@@ -438,6 +438,20 @@ def after2(typingctx: Any, a: Any, b: Any) -> Any:
     return a(a, b), build
 
 
+@intrinsic(prefer_literal=True)
+def turned(typingctx: Any, a: Any, by: Any) -> Any:
+    """The lanes moved round by a constant."""
+    step = getattr(by, "literal_value", None)
+    if step is None:
+        return None
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes = [(i + step) % a.lanes for i in range(a.lanes)]
+        return _shuffled(builder, args[0], args[0], lanes)
+
+    return a(a, by), build
+
+
 @intrinsic
 def braided_low(typingctx: Any, a: Any, b: Any) -> Any:
     """a0, b0, a1, b1, ...: the first of two successive vectors whose evens are a, odds b."""
