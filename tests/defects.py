@@ -1,4 +1,4 @@
-"""Defects of pooling elsewhere: each is a test that carries its row of the page
+"""Defects of pooling elsewhere: each is a test that carries its entry of the page
 `docs/known-defects.md`. Run this file to write the page."""
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "known-defects.md"
 _INTRO = """# Known pooling defects elsewhere
 
-What users of pooling meet in PyTorch and in other libraries, and what torchpool does instead. Every
-row is a test of torchpool, which also shows torch's own behaviour where the tested version has it
-(marked *seen*); the page is made from those tests by `python tests/defects.py`.
-
-| | defect | threads | torchpool | test |
-|--|--|--|--|--|
+What users of pooling meet in PyTorch and in other libraries, and what torchpool does instead. Each
+entry is a test of torchpool; where it says "seen", the test also shows the defect in the version of
+torch that is tested. The page is made from the tests by `python tests/defects.py`.
 """
 
 
 class Defect(NamedTuple):
-    """A row of the page."""
+    """An entry of the page."""
 
     row: int
     pain: str
@@ -40,10 +37,10 @@ _found: list[Defect] = []
 def defect(
     row: int, pain: str, here: str, threads: str, seen: bool = False
 ) -> Callable[[Any], Any]:
-    """Marks a test as the proof of a row.
+    """Marks a test as the proof of an entry.
 
     Args:
-        row: number of the defect; rows with the same number stand below each other.
+        row: number of the defect; entries with the same number stand below each other.
         pain: what happens elsewhere, one sentence.
         here: what torchpool does, one sentence.
         threads: where it was reported: "#123" of pytorch/pytorch, or "owner/name#123", with spaces.
@@ -69,12 +66,13 @@ def page() -> str:
     for file in sorted(TESTS.glob("test_*.py")):
         if re.search(r"^@defect\(", file.read_text(encoding="utf-8"), re.MULTILINE):
             importlib.import_module(file.stem)
-    rows = sorted(set(_found), key=lambda d: (d.row, d.test))
-    return _INTRO + "".join(
-        f"| {d.row} | {d.pain}{' *(seen)*' if d.seen else ''} | "
-        f"{' '.join(map(_link, d.threads.split()))} | {d.here} | `{d.test}` |\n"
-        for d in rows
-    )
+    return _INTRO + "".join(map(_entry, sorted(set(_found), key=lambda d: (d.row, d.test))))
+
+
+def _entry(d: Defect) -> str:
+    threads = ", ".join(map(_link, d.threads.split()))
+    seen = " Seen in torch." if d.seen else ""
+    return f"\n**{d.row}. {d.pain}** {d.here}\n\n> Reported in {threads}.{seen} Test: `{d.test}`\n"
 
 
 if __name__ == "__main__":

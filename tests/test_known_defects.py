@@ -1,4 +1,4 @@
-"""What goes wrong elsewhere, each with its row of docs/known-defects.md."""
+"""What goes wrong elsewhere, each with its entry of docs/known-defects.md."""
 
 from __future__ import annotations
 
