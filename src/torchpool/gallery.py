@@ -29,14 +29,14 @@ REDUCTIONS: dict[str, tuple[str, Reduction]] = {
     "max": ("Max", Max()),
     "min": ("Min", Min()),
     "mean": ("Mean", Mean()),
-    "lp": ("Lp, p = 3", Lp(3.0)),
+    "lp": ("Lp, p = 3, scaled", Lp(3.0)),
     "powermean": ("PowerMean, p = 3", PowerMean(3.0)),
     "logmeanexp": ("LogMeanExp, beta = 10", LogMeanExp(10.0)),
     "softmaxmean": ("SoftmaxMean, beta = 10", SoftmaxMean(10.0)),
-    "std": ("Std", Std()),
+    "std": ("Std, scaled", Std()),
 }
 """Reductions that a gallery can show, by the name that `--reductions` takes. Pixels lie in [0,
-1]."""
+1]; what leaves that is scaled to its largest value."""
 COLUMNS = 3
 
 

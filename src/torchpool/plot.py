@@ -26,7 +26,11 @@ class Chart:
         import matplotlib
 
         buffer = io.StringIO()
-        style = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "torchpool"}
+        style: Any = {
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "svg.hashsalt": "torchpool",
+        }
         with matplotlib.rc_context(style):
             self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         text = buffer.getvalue()

@@ -97,7 +97,7 @@ def locate(offsets: Tensor, corners: Sequence[Corner]) -> tuple[Tensor, Tensor]:
     flat: Tensor | int = 0
     inside: Tensor | bool = True
     for i, (axis, start, stop) in enumerate(corners):
-        rest = math.prod(corner.axis.kernel for corner in corners[i + 1 :])
+        rest = math.prod([corner.axis.kernel for corner in corners[i + 1 :]])
         tap = offsets // rest
         offsets = offsets - tap * rest  # exporters do not know the remainder by a free size
         position = start + tap * axis.dilation
