@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test bench clean
+.PHONY: run test bench docs clean
 
 run: $(STAMP)            ## trains the same network once per pooling and says which is better
 	$(BIN)/torchpool study
@@ -12,11 +12,15 @@ test: $(STAMP)           ## every check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --quiet
 	$(BIN)/python -m pytest tests/test_structure.py
 	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules src tests --ignore tests/test_structure.py
 
 bench: $(STAMP)          ## side by side with other libraries
 	$(BIN)/python benchmarks/quick.py
+
+docs: $(STAMP)           ## the site, in build/site
+	$(BIN)/mkdocs build --quiet
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

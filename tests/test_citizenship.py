@@ -197,6 +197,17 @@ def test_exported_graphs_are_ordinary_and_run_elsewhere(name, dynamic):
         np.testing.assert_allclose(y, function(x).numpy(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("free", [(2,), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("reduction", [tp.Max(), tp.Mean(), tp.Lp(3.0)], ids=str)
+def test_adaptive_windows_export_with_any_of_their_sizes_free(reduction, free):
+    model = _Wrapped(lambda x: tp.pool(x, reduction, tp.Adaptive((3, 2))))
+    sizes = {dim: torch.export.Dim(f"s{dim}", min=4, max=99) for dim in free}
+    program = torch.export.export(model, (torch.randn(1, 2, 7, 9),), dynamic_shapes={"x": sizes})
+    for shape in ((7, 9), (6, 8), (23, 31)):
+        x = torch.randn(1, 2, *(shape[d - 2] if d in free else (7, 9)[d - 2] for d in (2, 3)))
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def _saved(function, x):
     kept = {}
 

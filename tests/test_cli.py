@@ -24,6 +24,8 @@ def build():
     return torch.nn.Sequential(*layers)
 def nothing():
     return 3
+def fails():
+    return 1 / 0
 """
 
 
@@ -48,7 +50,7 @@ def test_show_draws_a_gallery(tmp_path):
         "show", "p.png", "--kernel", "4", "--reductions", "max,std", "--out", "g.png", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert "60 x 90 pixels became 15 x 22" in done.stdout
+    assert "90 x 60 pixels became 22 x 15" in done.stdout
     with Image.open(tmp_path / "g.png") as drawn:
         assert min(drawn.size) > 100
 
@@ -62,16 +64,24 @@ def test_gallery_pools_the_default_photograph():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["show", "missing.png"], "missing.png: there is no such file"),
+        (["paint"], "No such command 'paint' (in `torchpool paint`; see `torchpool --help`)"),
+        (["show", "missing.png"], "missing.png is missing; give the path of an image"),
+        (["show", "no"], "no is a folder; give the path of an image"),
         (["show", "cut.png"], "cut.png is not a readable image"),
         (["show", "p.png", "--reductions", "best"], "--reductions best"),
-        (["show", "p.png", "--kernel", "500"], "does not fit an input of size"),
-        (["show", "p.png", "--out", "no/such/folder.png"], "--out"),
+        (["show", "p.png", "--kernel", "500"], "--kernel 500 does not fit a picture of 90 x 60"),
+        (["show", "p.png", "--padding", "500"], "--padding 500 makes windows that see no pixel"),
+        (["show", "p.png", "--out", "nofolder/g.png"], "--out nofolder/g.png cannot be written"),
+        (["show", "p.png", "--out", "g.txt"], "--out g.txt must be a PNG file"),
+        (["inspect"], "Missing argument"),
         (["inspect", "mymodel"], "MODULE:FACTORY"),
-        (["inspect", "mymodel:other"], "has no 'other'"),
-        (["inspect", "nomodule:build"], "cannot be imported"),
+        (["inspect", "mymodel:other"], "has no attribute 'other'"),
+        (["inspect", "nomodule:x"], "nomodule:x: the module 'nomodule' cannot be imported"),
+        (["inspect", "mymodel.py:build"], "write mymodel:build"),
         (["inspect", "mymodel:nothing"], "returned int"),
+        (["inspect", "mymodel:fails"], "mymodel:fails fails: ZeroDivisionError"),
         (["inspect", "mymodel:build", "--input", "1,x"], "--input 1,x"),
+        (["inspect", "mymodel:build", "--input", "1,4,64,64"], "the model fails on an input"),
     ],
     ids=lambda v: v if isinstance(v, str) else " ".join(v),
 )
@@ -79,11 +89,22 @@ def test_bad_input(tmp_path, arguments, text):
     (tmp_path / "mymodel.py").write_text(MODEL)
     Image.fromarray(np.zeros((60, 90, 3), np.uint8)).save(tmp_path / "p.png")
     whole = (tmp_path / "p.png").read_bytes()
+    (tmp_path / "no").mkdir()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     done = _run(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert text in " ".join(done.stderr.split())
+    assert len(done.stderr.splitlines()) == 1
+    assert text in done.stderr
+
+
+def test_help_and_version(tmp_path):
+    for arguments in (["--help"], ["study", "--help"], ["show", "--help"], ["inspect", "--help"]):
+        done = _run(*arguments, cwd=tmp_path)
+        assert done.returncode == 0
+        assert "Usage: torchpool" in done.stdout
+    assert "Usage: torchpool" in _run(cwd=tmp_path).stdout
+    assert _run("--version", cwd=tmp_path).stdout == f"torchpool {tp.__version__}\n"
 
 
 def test_inspect_lists_the_pooling(tmp_path):

@@ -540,14 +540,21 @@ def test_compile_copy_pickle_and_unbatched(layer):
     torch.testing.assert_close(layer(wide), expected)
 
 
-@pytest.mark.parametrize("name", ["MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d"])
-def test_compiled_drop_ins_equal_eager(name):
-    layer = getattr(tp.nn, name)(3)
-    x = torch.randn(2, 3, 9, 11)
+@pytest.mark.parametrize(
+    ("name", "arguments", "options"), [layer for layer in LAYERS if layer[0][-2] == "2"]
+)
+def test_compiled_drop_ins_equal_eager(name, arguments, options):
+    torch._dynamo.reset()
+    layer, theirs = pair(name, arguments, options)
+    given, call = inputs(name, theirs)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for size in (9, 12):
-        x = torch.randn(2, 3, size, size + 2)
-        torch.testing.assert_close(compiled(x), layer(x))
+    for size in ((9, 11), (12, 14)):
+        if not name.startswith("MaxUnpool"):
+            given = (torch.randn(2, 3, *size),)
+        for got, wanted in zip(
+            as_tuple(compiled(*given, **call)), as_tuple(layer(*given, **call)), strict=True
+        ):
+            torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("layer", learned_layers()[::-2], ids=repr)

@@ -3,11 +3,16 @@ report."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import os
+import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +51,16 @@ def test_paired_test_without_noise_or_pairs():
     assert statistics.paired([0.5, 0.6], [0.5, 0.6])[3] == 1
     assert statistics.paired([0.5, 0.6], [0.4, 0.5])[3] == pytest.approx(0, abs=1e-9)
     assert statistics.paired([0.5], [0.1])[1:] == (-math.inf, math.inf, 1.0)
+
+
+def test_equal_differences_of_shares_are_not_free_of_noise():
+    arm, reference = [0.50, 0.60, 0.70], [0.49, 0.59, 0.69]
+    assert statistics.paired(arm, reference)[3] < 1e-6
+    mean, low, high, p = statistics.paired(arm, reference, step=0.01)
+    reach = stats.t.ppf(0.975, 2) * math.sqrt(0.01**2 / 6 / 3)
+    assert (mean - low, high - mean) == (pytest.approx(reach), pytest.approx(reach))
+    assert p == pytest.approx(2 * stats.t.sf(0.01 / math.sqrt(0.01**2 / 6 / 3), 2))
+    assert statistics.paired([0.5, 0.6], [0.5, 0.6], step=0.01) == (0, 0, 0, 1)
 
 
 def test_holm_by_hand():
@@ -128,9 +143,11 @@ def test_end_to_end(finished):
     costs = {row["arm"]: row["cost"] for row in found["arms"]}
     assert costs["max"]["saved_bytes"] * 16 < costs["max"]["torch_saved_bytes"]
     page = (finished / "out" / "report.html").read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 2
     assert not any(f'{load}="http' in page for load in ("src", "href")), "the page loads nothing"
     assert "url(http" not in page
+    with Image.open(finished / "out" / "chart.png") as chart:
+        assert chart.width > 1000
 
 
 def test_a_second_run_resumes(finished):
@@ -149,8 +166,15 @@ def test_two_processes_share_a_storage(tmp_path):
     assert [process.wait(300) for process in started] == [0, 0]
     for name in "ab":
         assert json.loads((tmp_path / name / "results.json").read_text())["complete"]
+    images = data.digits()
     plan = experiment.Plan(
-        experiment.labels(["max", "average", "max"]), 2, 1, Geometry(), "cpu", data.digits().name
+        experiment.labels(["max", "average", "max"]),
+        2,
+        1,
+        Geometry(),
+        "cpu",
+        images.name,
+        images.digest,
     )
     assert experiment.Experiment(plan, storage).results().is_complete
 
@@ -197,14 +221,19 @@ def test_a_folder_with_a_truncated_image(tmp_path):
     [
         (["--arms", "max,maxx"], "--arms maxx: there is no such arm; choose from max, average"),
         (["--arms", ","], "names no arm"),
-        (["--data", "nowhere"], "no such folder"),
+        (["--data", "nowhere"], "--data nowhere is missing; give a folder"),
+        (["--data", "text"], "--data text is a file; give a folder"),
         (["--data", "empty"], "class folders"),
         (["--data", "single"], "has 1 class folders"),
         (["--data", "hollow"], "has 0 readable images"),
         (["--device", "cudax"], "--device cudax"),
         (["--kernel", "40"], "--kernel 40"),
-        (["--storage", "nonsense://x"], "--storage nonsense://x"),
-        (["--seeds", "0"], "--seeds"),
+        (["--storage", "nonsense://x"], "--storage nonsense://x cannot be opened"),
+        (["--out", "broken"], "trials.db, the trials of --out broken, cannot be opened"),
+        (["--out", "text"], "--out text cannot be made: File exists; name a folder"),
+        (["--seeds", "0"], "--seeds 0 must be at least 1"),
+        (["--seeds", "x"], "`torchpool study --seeds x`; see `torchpool study --help`"),
+        (["--size", "3"], "No such option: --size"),
     ],
     ids=lambda v: v if isinstance(v, str) else " ".join(v),
 )
@@ -213,10 +242,72 @@ def test_bad_input_ends_with_one_line_and_status_2(tmp_path, arguments, text):
     _pictures(tmp_path / "single", classes=1)
     (tmp_path / "hollow" / "a").mkdir(parents=True)
     (tmp_path / "hollow" / "b").mkdir()
+    (tmp_path / "text").write_text("no folder")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "trials.db").write_bytes(b"no database" * 100)
     done = _run("study", *arguments, cwd=tmp_path)
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert text in " ".join(done.stderr.split())
+    assert len(done.stderr.splitlines()) == 1
+    assert text in done.stderr
+
+
+def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
+    folder = _pictures(tmp_path / "data")
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(data.DataError, match=r"data cannot be read \(Permission denied\); give"):
+        data.folder(folder)
+
+
+def test_other_images_are_another_study(tmp_path):
+    folder = _pictures(tmp_path / "data")
+
+    def plan():
+        images = data.folder(folder)
+        return experiment.Plan(("max",), 1, 1, Geometry(), "cpu", images.name, images.digest)
+
+    before = plan()
+    assert plan().fingerprint == before.fingerprint
+    (folder / "class0" / "0.png").unlink()
+    assert plan().fingerprint != before.fingerprint
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no SIGINT to send")
+def test_an_interrupted_study_loses_nothing(tmp_path):
+    command = [*RUN, "study", "--data", str(_pictures(tmp_path / "data")), "--arms", "max,average"]
+    command += ["--epochs", "1", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, "--seeds", "2000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    file = tmp_path / "out" / "trials.db"
+    deadline = time.monotonic() + 120
+    while _finished(file) < 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "the same command goes on" in out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert not found["complete"]
+    done = sum(row["seeds"] for row in found["arms"])
+    assert done == _finished(file) >= 3
+    again = _run(*command[len(RUN) :], "--seeds", "2")
+    assert again.returncode == 0, again.stderr
+    assert "4 of 4 trials are stored" in again.stdout or "3 of 4" in again.stdout
+
+
+def _finished(file: Path) -> int:
+    """Trials that a database holds complete."""
+    try:
+        with contextlib.closing(sqlite3.connect(file, timeout=30)) as base:
+            found = base.execute("SELECT count(*) FROM trials WHERE state = 'COMPLETE'")
+            return int(found.fetchone()[0])
+    except sqlite3.OperationalError:  # not made yet
+        return 0
 
 
 def test_verdicts_in_words():

@@ -61,20 +61,31 @@ def load(target: str) -> nn.Module:
         ValueError: the module or the factory is missing, or returns no Module.
     """
     name, _, factory = target.partition(":")
-    if not factory:
+    if not (name and factory):
         raise ValueError(f"{target!r} must be MODULE:FACTORY, as mypackage.models:build")
     sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(name), factory)
-    except ImportError as error:
-        raise ValueError(f"{target}: the module {name!r} cannot be imported ({error})") from None
-    except AttributeError:
-        raise ValueError(f"{target}: the module {name!r} has no {factory!r}") from None
+        model = made if isinstance(made, nn.Module) else made()
+    except ModuleNotFoundError as error:
+        hint = f"; write {name[:-3]}:{factory}" if name.endswith(".py") else ""
+        raise ValueError(
+            f"{target}: the module {name!r} cannot be imported ({error}){hint}"
+        ) from None
+    except Exception as error:  # the user's own code
+        hint = (
+            ""
+            if isinstance(error, (AttributeError, ImportError))
+            else "; run it in Python to see where"
+        )
+        raise ValueError(f"{target} fails: {type(error).__name__}: {error}{hint}") from error
     finally:
         sys.path.pop(0)
-    model = made if isinstance(made, nn.Module) else made()
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{target} returned {type(model).__name__}, not a torch.nn.Module")
+        raise ValueError(
+            f"{target} returned {type(model).__name__}, not a torch.nn.Module; name a callable "
+            "that returns the model"
+        )
     return model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
 
 try:
     import typer
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 except ImportError as missing:  # pragma: no cover - only without the extra
@@ -31,23 +34,77 @@ DEFAULT_ARMS = "max,average,softmax,powermean,logmeanexp,mixed,gated,blurred,str
 def main() -> None:
     """Runs the command line; bad input ends with one line and status 2."""
     try:
-        app()
+        status = app(prog_name="torchpool", standalone_mode=False)
     except ModuleNotFoundError as missing:
         _stop(f"this needs {missing.name}: pip install 'torchpool[study]'")
     except ValueError as error:
         _stop(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("stopped", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # Typer's, for what it cannot parse
+            raise
+        _usage(error)
+    else:
+        raise SystemExit(status)
 
 
-def _stop(message: str) -> None:
+def _usage(error: Any) -> None:
+    """One line for a command line that cannot be parsed; the help where there is nothing on it."""
+    if len(sys.argv) < 2:
+        error.show()
+        raise SystemExit(2)
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "torchpool"
+    given = shlex.join(["torchpool", *sys.argv[1:]])
+    _stop(f"{error.format_message().rstrip('.')} (in `{given}`; see `{command} --help`)")
+
+
+def _stop(message: str, status: int = 2) -> None:
+    line = " ".join(message.split())
     errors.print(
-        f"torchpool: {message}", style="red", markup=False, highlight=False, soft_wrap=True
+        f"torchpool: {line}",
+        style="red",
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=True,
     )
-    raise SystemExit(2)
+    raise SystemExit(status)
+
+
+def _say(text: str) -> None:
+    """A line as it is: names may hold what Rich reads as markup."""
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def _whole(least: int, text: str) -> Any:
+    """An option that takes a whole number of at least `least`."""
+
+    def check(parameter: typer.CallbackParam, value: int | None) -> int | None:
+        if value is not None and value < least:
+            raise ValueError(f"--{parameter.name} {value} must be at least {least}")
+        return value
+
+    return typer.Option(callback=check, help=text)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import torchpool
+
+        _say(f"torchpool {torchpool.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _commands() -> None:
-    """Keeps the command's name even while there is only one."""
+def _commands(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_version),
+    ] = False,
+) -> None:
+    """Pooling for PyTorch: which one to use, and what it makes of a picture."""
 
 
 # study
@@ -62,14 +119,14 @@ def study(
     arms: Annotated[
         str, typer.Option(help="Poolings to compare, the first is the reference.")
     ] = DEFAULT_ARMS,
-    seeds: Annotated[int, typer.Option(min=1, help="Networks trained per pooling.")] = 5,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 6,
-    kernel: Annotated[int, typer.Option(min=1, help="Window, elements per axis.")] = 2,
-    stride: Annotated[int, typer.Option(min=1, help="Step between windows.")] = 2,
+    seeds: Annotated[int, _whole(1, "Networks trained per pooling.")] = 8,
+    epochs: Annotated[int, _whole(1, "Passes over the training images.")] = 5,
+    kernel: Annotated[int, _whole(1, "Window, elements per axis.")] = 2,
+    stride: Annotated[int, _whole(1, "Step between windows.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path(
-        "torchpool-study"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html, chart.png and results.json.")
+    ] = Path("torchpool-study"),
     storage: Annotated[
         str | None,
         typer.Option(help="SQLAlchemy URL of the trials; processes that share one share the work."),
@@ -90,10 +147,12 @@ def study(
     _check_geometry(kernel, stride)
     images = sources.digits() if data is None else sources.folder(data)
     if images.skipped:
-        console.print(f"[yellow]Skipped {len(images.skipped)} unreadable images:[/yellow]")
+        _say(f"Skipped {len(images.skipped)} unreadable images:")
         for name in images.skipped:
-            console.print(f"  {name}", markup=False, highlight=False)
-    plan = Plan(names, seeds, epochs, Geometry(kernel, stride), device, images.name)
+            _say(f"  {name}")
+    geometry = Geometry(kernel, stride)
+    size = len(images.test)
+    plan = Plan(names, seeds, epochs, geometry, device, images.name, images.digest, size)
     _run(plan, images, out, storage)
 
 
@@ -105,9 +164,8 @@ def _check_geometry(kernel: int, stride: int) -> None:
         size = -(-size // stride)
     if kernel > CANVAS // stride or size < 2:
         raise ValueError(
-            f"--kernel {kernel} --stride {stride} leaves nothing "
-            f"of a {CANVAS}x{CANVAS} image after two "
-            "poolings; use smaller ones"
+            f"--kernel {kernel} --stride {stride} leaves nothing of a {CANVAS}x{CANVAS} image "
+            "after two poolings; use smaller ones"
         )
 
 
@@ -128,12 +186,17 @@ def _run(plan: Plan, images: Any, out: Path, storage: str | None) -> None:
     from torchpool.study.experiment import Experiment
 
     _make_folder(out)
+    where = (
+        f"--storage {storage}" if storage else f"{out / 'trials.db'}, the trials of --out {out},"
+    )
+    remedy = "name another --storage" if storage else "move the file away or name another --out"
     try:
         experiment = Experiment(plan, storage or f"sqlite:///{out / 'trials.db'}")
+        stored = experiment.results().scores
     except Exception as error:  # every database has exceptions of its own
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--storage {storage} cannot be opened: {reason}") from None
-    done = sum(len(by_seed) for by_seed in experiment.results().scores.values())
+        raise ValueError(f"{where} cannot be opened: {reason}; {remedy}") from None
+    done = sum(len(by_seed) for by_seed in stored.values())
     if done:
         console.print(f"Going on: {done} of {len(plan.trials)} trials are stored already.")
     columns = (
@@ -164,7 +227,7 @@ def _run(plan: Plan, images: Any, out: Path, storage: str | None) -> None:
     _print_table(results)
     for line in report.verdict(results):
         console.print(line, markup=False, highlight=False)
-    console.print(f"Report: {path}", markup=False, highlight=False, soft_wrap=True)
+    _say(f"Report: {path}")
     if not results.is_complete:
         raise typer.Exit(130)
 
@@ -173,45 +236,62 @@ def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be made: {error.strerror}") from None
+        raise ValueError(
+            f"--out {out} cannot be made: {error.strerror}; name a folder that you may write to"
+        ) from None
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written to; name a folder that you may write to")
 
 
 def _print_table(results: Any) -> None:
+    """Fits 80 columns: arms by the names that --arms takes, torch's numbers in brackets."""
     from torchpool.study import report
 
-    table = Table(title="Which pooling?", title_justify="left")
-    table.add_column("pooling")
+    reference = results.plan.arms[0]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("pooling", no_wrap=True)
     for name in (
-        "accuracy %",
-        "points vs. reference",
+        "accuracy\n% ± sd",
+        f"vs. {reference},\npoints\n± 95 %",
         "p",
-        "shift cons. %",
-        "parameters",
-        "step ms (torch)",
-        "saved KiB (torch)",
+        "shift\ncons.\n%",
+        "para-\nmeters",
+        "step,\nms\n(torch)",
+        "saved,\nMiB\n(torch)",
     ):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     compared = {c.arm: c for c in report.comparisons(results)}
     for row in report.rows(results):
-        c, cost = compared.get(row["arm"]), row["cost"]
-        table.add_row(
-            row["title"],
-            f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_sd']:.1f}"
-            if row["seeds"] > 1
-            else f"{100 * row['accuracy']:.1f}",
-            "reference"
-            if c is None
-            else f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]",
-            "" if c is None else f"{c.p_holm:.3g}",
-            f"{100 * row['consistency']:.1f}",
-            f"{row['parameters']:,}",
-            "" if cost is None else f"{cost['step_ms']:.1f} ({cost['torch_step_ms']:.1f})",
-            ""
-            if cost is None
-            else f"{cost['saved_bytes'] / 1024:,.0f} ({cost['torch_saved_bytes'] / 1024:,.0f})",
-            style="bold" if c is not None and c.is_significant else None,
-        )
+        c = compared.get(row["arm"])
+        is_clear = c is not None and c.is_significant
+        table.add_row(*_cells(row, c), style="bold" if is_clear else None)
     console.print(table)
+
+
+def _cells(row: dict[str, Any], c: Any) -> list[str]:
+    accuracy = f"{100 * row['accuracy']:.1f}"
+    if row["seeds"] > 1:
+        accuracy += f" ± {100 * row['accuracy_sd']:.1f}"
+    difference = "reference"
+    if c is not None:
+        reach = f" ± {100 * (c.high - c.difference):.1f}" if c.seeds > 1 else ""
+        difference = f"{100 * c.difference:+.1f}{reach}"
+    cells = [
+        row["arm"],
+        accuracy,
+        difference,
+        "" if c is None else f"{c.p_holm:.2g}",
+        f"{100 * row['consistency']:.1f}",
+        f"{row['parameters']:,}",
+    ]
+    cost = row["cost"]
+    if cost is None:
+        return [*cells, "", ""]
+    kept, torch_kept = (cost[key] / 2**20 for key in ("saved_bytes", "torch_saved_bytes"))
+    step, torch_step = (
+        f"{ms:.1f}" if ms < 100 else f"{ms:.0f}" for ms in (cost["step_ms"], cost["torch_step_ms"])
+    )
+    return [*cells, f"{step} ({torch_step})", f"{kept:.1f} ({torch_kept:.1f})"]
 
 
 # show
@@ -223,26 +303,22 @@ def show(
         Path | None,
         typer.Argument(help="An image file; default: a photograph that ships with scikit-learn."),
     ] = None,
-    kernel: Annotated[int, typer.Option(min=1, help="Window, pixels per axis.")] = 8,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Step between windows; default: the kernel.")
-    ] = None,
-    padding: Annotated[int, typer.Option(min=0, help="Pixels of padding on each side.")] = 0,
+    kernel: Annotated[int, _whole(1, "Window, pixels per axis.")] = 8,
+    stride: Annotated[int | None, _whole(1, "Step between windows; default: the kernel.")] = None,
+    padding: Annotated[int, _whole(0, "Pixels of padding on each side.")] = 0,
     reductions: Annotated[
         str, typer.Option(help="What to show, in this order.")
     ] = DEFAULT_REDUCTIONS,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("gallery.png"),
 ) -> None:
-    """Draws what each pooling makes of a picture: the original and the pooled images at their
-    reduced size."""
+    """Draws what each pooling makes of a picture, at its reduced size, beside the original."""
     from torchpool import gallery
 
     names = [name.strip() for name in reductions.split(",") if name.strip()]
     drawn = gallery.draw(picture, names, kernel, stride, padding, out)
-    console.print(
-        f"{drawn.shape[0]} x {drawn.shape[1]} pixels became {drawn.pooled[0]} x {drawn.pooled[1]}."
-    )
-    console.print(f"Gallery: {out}", markup=False, highlight=False, soft_wrap=True)
+    (height, width), (small_height, small_width) = drawn.shape, drawn.pooled
+    _say(f"{width} x {height} pixels became {small_width} x {small_height}.")
+    _say(f"Gallery: {out}")
 
 
 # inspect
@@ -262,11 +338,20 @@ def inspect(
 
     model = analysis.load(target)
     shape = _shape(input)
-    found = analysis.inspect(model, torch.randn(shape))
-    table = Table(title=f"Pooling of {target}", title_justify="left")
+    try:
+        found = analysis.inspect(model, torch.randn(shape))
+    except Exception as error:  # the user's own model
+        raise ValueError(
+            f"--input {input}: the model fails on an input of this shape: {error}; give the shape "
+            "that it takes"
+        ) from error
+    if not found:
+        _say(f"{target} calls no pooling layers; functional calls and convolutions are not listed.")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("layer", "what", "input", "output"):
-        table.add_column(name)
-    for name in ("receptive field", "step", "saved KiB", "with torchpool"):
+        table.add_column(name, overflow="fold")
+    for name in ("field", "step", "saved,\nKiB", "torchpool,\nKiB"):
         table.add_column(name, justify="right")
     for layer in found:
         table.add_row(
@@ -274,12 +359,14 @@ def inspect(
             layer.kind,
             "x".join(map(str, layer.in_shape)),
             "x".join(map(str, layer.out_shape)),
-            " x ".join(map(str, layer.receptive_field)) or "?",
-            " x ".join(map(str, layer.jump)) or "?",
+            "x".join(map(str, layer.receptive_field)) or "?",
+            "x".join(map(str, layer.jump)) or "?",
             f"{layer.saved_bytes / 1024:,.1f}",
             f"{layer.torchpool_saved_bytes / 1024:,.1f}",
         )
-    console.print(table if found else f"{target} has no pooling layers.")
+    console.print(table)
+    _say("field: receptive field in elements of the input; step: between neighbouring outputs;")
+    _say("saved: kept for the backward pass, as the model is and after torchpool.convert.")
 
 
 def _shape(text: str) -> tuple[int, ...]:

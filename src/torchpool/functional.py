@@ -605,7 +605,8 @@ def _lp_pool(
     # like that.
     scale = torch.ones((), dtype=layout.compute_dtype(y.dtype), device=y.device)
     for i, axis in enumerate(window.axes(x.shape[-d:])):
-        counts = torch.tensor(axis.counts(), dtype=scale.dtype, device=y.device)
+        outputs = torch.arange(axis.out_size, device=y.device)
+        counts = (axis.in_size - outputs * axis.stride).clamp(max=axis.kernel)
         scale = scale * (axis.kernel / counts).pow(1 / norm_type).reshape(-1, *(1,) * (d - 1 - i))
     return (y * scale).to(y.dtype)
 

@@ -29,14 +29,14 @@ REDUCTIONS: dict[str, tuple[str, Reduction]] = {
     "max": ("Max", Max()),
     "min": ("Min", Min()),
     "mean": ("Mean", Mean()),
-    "lp": ("Lp, p = 3", Lp(3.0)),
+    "lp": ("Lp, p = 3, scaled", Lp(3.0)),
     "powermean": ("PowerMean, p = 3", PowerMean(3.0)),
     "logmeanexp": ("LogMeanExp, beta = 10", LogMeanExp(10.0)),
     "softmaxmean": ("SoftmaxMean, beta = 10", SoftmaxMean(10.0)),
-    "std": ("Std", Std()),
+    "std": ("Std, scaled", Std()),
 }
 """Reductions that a gallery can show, by the name that `--reductions` takes. Pixels lie in [0,
-1]."""
+1]; what leaves that is scaled to its largest value."""
 COLUMNS = 3
 
 
@@ -63,11 +63,14 @@ def load(picture: Path | None) -> Tensor:
         from PIL import Image
 
         if not picture.is_file():
-            raise ValueError(f"{picture}: there is no such file; give the path of an image")
+            raise ValueError(
+                f"{picture} is {'a folder' if picture.is_dir() else 'missing'}; give the path of "
+                "an image"
+            )
         try:
             with Image.open(picture) as image:
                 pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # image formats have exceptions of their own
             raise ValueError(
                 f"{picture} is not a readable image ({error}); try a PNG or a JPEG"
             ) from None
@@ -96,6 +99,7 @@ def draw(
     if not names:
         raise ValueError(f"--reductions names nothing; choose from {', '.join(REDUCTIONS)}")
     x = load(picture)
+    _check_window(x, kernel, padding)
     window = Window(kernel, stride, padding)
     pooled = {name: tp.pool(x, REDUCTIONS[name][1], window) for name in names}
     height, width = x.shape[-2:]
@@ -110,10 +114,32 @@ def draw(
         f"{window.kernel} x {window.kernel} windows, stride {stride or kernel}",
     )
     try:
-        figure.savefig(out, dpi=200, facecolor="white")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--out {out} cannot be written: {error}") from None
+        figure.savefig(_png(out), format="png", dpi=200, facecolor="white")
+    except OSError as error:
+        raise ValueError(
+            f"--out {out} cannot be written: {error.strerror}; name a file in a folder that exists"
+        ) from None
     return Gallery((height, width), (small[0], small[1]), out)
+
+
+def _check_window(x: Tensor, kernel: int, padding: int) -> None:
+    height, width = x.shape[-2:]
+    if kernel > min(height, width) + 2 * padding:
+        raise ValueError(
+            f"--kernel {kernel} does not fit a picture of {width} x {height} pixels with "
+            f"--padding {padding}; use a smaller kernel"
+        )
+    if padding >= kernel:
+        raise ValueError(
+            f"--padding {padding} makes windows that see no pixel; use less than the kernel, "
+            f"{kernel}"
+        )
+
+
+def _png(out: Path) -> Path:
+    if out.is_dir() or out.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"--out {out} must be a PNG file, as gallery.png")
+    return out
 
 
 def _visible(name: str, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Charts of what a study returns, as SVG text."""
+"""Charts of what a study returns, as SVG text and as PNG."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-INK, SOFT, GRID = "#1d2430", "#7b8794", "#e6eaef"
+INK, SOFT, GRID = "#1d2430", "#5b6675", "#e6eaef"
 OURS, THEIRS, BETTER, WORSE = "#1f6feb", "#b3bcc8", "#1a7f4b", "#c2410c"
 
 
@@ -16,37 +17,49 @@ OURS, THEIRS, BETTER, WORSE = "#1f6feb", "#b3bcc8", "#1a7f4b", "#c2410c"
 class Chart:
     """A drawing and what it shows."""
 
-    svg: str
+    figure: Any
     caption: str
 
+    @property
+    def svg(self) -> str:
+        """The drawing as an <svg> element with its text as text."""
+        import matplotlib
 
-def _figure(height: float) -> tuple[Any, Any]:
+        buffer = io.StringIO()
+        style: Any = {
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "svg.hashsalt": "torchpool",
+        }
+        with matplotlib.rc_context(style):
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        text = buffer.getvalue()
+        return text[text.index("<svg") :]
+
+    def save(self, path: Path) -> None:
+        """Writes the drawing as PNG on white."""
+        self.figure.savefig(path, format="png", dpi=160, facecolor="white")
+
+
+def _panels(names: Sequence[str], count: int, row: float) -> tuple[Any, list[Any]]:
+    """A figure of panels side by side over the same rows, which are named once at the left."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(SOFT)
-    axes.tick_params(colors=INK, length=0, labelsize=9)
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "torchpool"}
-    ):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    figure = Figure(figsize=(10.0, row * len(names) + 1.0), layout="constrained")
+    panels = list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+    for axes in panels:
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(SOFT)
+        axes.tick_params(colors=INK, length=0, labelsize=9.5)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    return figure, panels
 
 
 def _interval(values: Sequence[float]) -> float:
-    """Half the 95 % confidence interval of a mean."""
+    """Half the 95 % confidence interval of a mean; NaN for one value."""
     from scipy import stats
 
     n = len(values)
@@ -57,133 +70,112 @@ def _interval(values: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, n - 1)) * spread
 
 
-def _rows(axes: Any, names: Sequence[str]) -> range:
-    places = range(len(names))
-    axes.set_yticks(list(places), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    return places
-
-
-def accuracy(arms: Sequence[dict[str, Any]]) -> Chart:
-    """Mean accuracy with its 95 % interval, every seed as a dot."""
-    figure, axes = _figure(0.42 * len(arms) + 0.9)
-    for y, arm in zip(_rows(axes, [arm["title"] for arm in arms]), arms, strict=True):
-        values = [100 * v for v in arm["accuracies"]]
+def _seeds(axes: Any, arms: Sequence[dict[str, Any]], key: str, label: str) -> None:
+    """Mean with its interval, every seed as a dot, in percent."""
+    for y, arm in enumerate(arms):
+        values = [100 * v for v in arm[key]]
+        centre = sum(values) / len(values)
         axes.plot(values, [y] * len(values), "o", color=THEIRS, markersize=4)
-        axes.errorbar(
-            100 * arm["accuracy"], y, xerr=_interval(values), fmt="o", color=OURS, capsize=3
-        )
-    axes.set_xlabel("accuracy on held-out images, %", fontsize=9)
-    return Chart(_svg(figure), "Accuracy: mean and 95 % interval in blue, each seed in grey.")
+        reach = _interval(values)
+        inside = [[min(reach, centre)], [min(reach, 100 - centre)]]  # a share ends at 0 and 100
+        axes.errorbar(centre, y, xerr=inside, fmt="o", color=OURS, markersize=5, capsize=3)
+    axes.set_xlabel(label, fontsize=9.5, color=INK)
 
 
-def differences(compared: Sequence[Any], names: dict[str, str], reference: str) -> Chart:
-    """Paired difference of each arm to the reference with its 95 % interval."""
-    ordered = sorted(compared, key=lambda c: -c.difference)
-    figure, axes = _figure(0.42 * len(ordered) + 0.9)
+def _differences(
+    axes: Any, arms: Sequence[dict[str, Any]], compared: Sequence[Any], reference: str
+) -> None:
+    """Paired difference of each arm to the reference with its interval; grey is noise."""
+    found = {c.arm: c for c in compared}
     axes.axvline(0, color=SOFT, linewidth=1)
-    for y, c in zip(_rows(axes, [names[c.arm] for c in ordered]), ordered, strict=True):
-        colour = SOFT if not c.is_significant else BETTER if c.difference > 0 else WORSE
-        finite = math.isfinite(c.low)
-        reach = 100 * (c.high - c.difference) if finite else math.nan
-        axes.errorbar(100 * c.difference, y, xerr=reach, fmt="o", color=colour, capsize=3)
-    axes.set_xlabel(f"points of accuracy more than {names.get(reference, reference)}", fontsize=9)
-    return Chart(
-        _svg(figure),
-        "Paired differences with 95 % intervals. Coloured: more "
-        "than noise after correction; grey: not.",
-    )
-
-
-def consistency(arms: Sequence[dict[str, Any]]) -> Chart:
-    """Shift consistency against accuracy."""
-    figure, axes = _figure(3.6)
-    axes.grid(axis="both", color=GRID, linewidth=0.8)
-    for i, arm in enumerate(sorted(arms, key=lambda a: a["consistency"])):
-        x, y = 100 * arm["accuracy"], 100 * arm["consistency"]
-        axes.plot(x, y, "o", color=OURS, markersize=7)
-        axes.annotate(
-            arm["arm"],
-            (x, y),
-            (6, 6 if i % 2 else -11),
-            textcoords="offset points",
-            fontsize=8,
-            color=INK,
+    for y, arm in enumerate(arms):
+        c = found.get(arm["arm"])
+        if c is None:
+            if arm["arm"] == reference:
+                axes.plot(0, y, "|", color=SOFT, markersize=12)
+            continue
+        colour = THEIRS if not c.is_significant else BETTER if c.difference > 0 else WORSE
+        reach = 100 * (c.high - c.difference) if math.isfinite(c.high) else math.nan
+        axes.errorbar(
+            100 * c.difference, y, xerr=reach, fmt="o", color=colour, markersize=5, capsize=3
         )
-    axes.margins(0.14)
-    axes.set_xlabel("accuracy, %", fontsize=9)
-    axes.set_ylabel("shift consistency, %", fontsize=9)
-    return Chart(
-        _svg(figure), "Up and to the right is better: accurate, and unmoved by small shifts."
-    )
+    name = next((arm["title"] for arm in arms if arm["arm"] == reference), reference)
+    axes.set_xlabel(f"difference to {name}, points", fontsize=9.5, color=INK)
 
 
-def pairs(
-    arms: Sequence[dict[str, Any]], ours: str, theirs: str, scale: float, unit: str, caption: str
-) -> Chart:
+def summary(arms: Sequence[dict[str, Any]], compared: Sequence[Any], reference: str) -> Chart:
+    """Accuracy, its paired difference to the reference, and shift consistency of every arm."""
+    figure, panels = _panels([arm["title"] for arm in arms], 3 if compared else 2, 0.4)
+    _seeds(panels[0], arms, "accuracies", "accuracy on held-out images, %")
+    _seeds(panels[-1], arms, "consistencies", "predictions unchanged by a shift, %")
+    caption = "Blue: mean over the seeds and its 95 % interval. Grey dots: single seeds."
+    if compared:
+        _differences(panels[1], arms, compared, reference)
+        caption += (
+            " Middle: the difference in accuracy, seed by seed, with its 95 % interval; green and "
+            "orange are more than noise after correction for the number of comparisons, grey is "
+            "not."
+        )
+    return Chart(figure, caption)
+
+
+def _bars(
+    axes: Any, arms: Sequence[dict[str, Any]], keys: tuple[str, str], scale: float, label: str
+) -> None:
     """Two bars per arm: torchpool and torch's own operators."""
-    figure, axes = _figure(0.5 * len(arms) + 1.0)
-    for y, arm in zip(_rows(axes, [arm["title"] for arm in arms]), arms, strict=True):
-        for shift, key, colour in ((-0.19, ours, OURS), (0.19, theirs, THEIRS)):
+    for y, arm in enumerate(arms):
+        for shift, key, colour in zip((-0.19, 0.19), keys, (OURS, THEIRS), strict=True):
             value = arm["cost"][key] * scale
             axes.barh(y + shift, value, height=0.36, color=colour)
             axes.annotate(
-                f"{value:,.1f}" if value < 100 else f"{value:,.0f}",
+                f"{value:,.1f}" if 0 < value < 100 else f"{value:,.0f}",
                 (value, y + shift),
                 (3, 0),
                 textcoords="offset points",
                 va="center",
-                fontsize=7.5,
+                fontsize=8,
                 color=INK,
             )
-    axes.margins(x=0.12)
+    axes.margins(x=0.14)
     axes.set_xlim(left=0)
-    axes.set_xlabel(unit, fontsize=9)
-    axes.legend(handles=_handles(), loc="lower right", fontsize=8, frameon=False)
-    return Chart(_svg(figure), caption)
+    axes.set_xlabel(label, fontsize=9.5, color=INK)
 
 
-def _handles() -> list[Any]:
+def costs(arms: Sequence[dict[str, Any]]) -> Chart:
+    """Time of a training step and bytes kept for the backward pass, of both engines."""
     from matplotlib.patches import Patch
 
-    return [
-        Patch(color=OURS, label="torchpool"),
-        Patch(color=THEIRS, label="torch's own operators"),
-    ]
+    figure, panels = _panels([arm["title"] for arm in arms], 2, 0.48)
+    _bars(panels[0], arms, ("step_ms", "torch_step_ms"), 1, "training step, ms")
+    _bars(
+        panels[1],
+        arms,
+        ("saved_bytes", "torch_saved_bytes"),
+        1 / 1024,
+        "kept for the backward pass, KiB",
+    )
+    figure.legend(
+        handles=[
+            Patch(color=OURS, label="torchpool"),
+            Patch(color=THEIRS, label="torch's own operators"),
+        ],
+        loc="outside upper right",
+        ncols=2,
+        fontsize=9,
+        frameon=False,
+    )
+    return Chart(
+        figure,
+        "Shorter is better. Left: a training step of the whole network, batch of 64. Right: what "
+        "the first pooling layer keeps in memory for its backward pass.",
+    )
 
 
 def study_charts(
     arms: Sequence[dict[str, Any]], compared: Sequence[Any], reference: str
 ) -> list[Chart]:
-    """Every chart that the results allow."""
+    """Every chart that the results allow, the summary first."""
     if not arms:
         return []
-    names = {arm["arm"]: arm["title"] for arm in arms}
-    charts = [accuracy(arms)]
-    if compared:
-        charts.append(differences(compared, names, reference))
-    if len(arms) > 1:
-        charts.append(consistency(arms))
     timed = [arm for arm in arms if arm["cost"]]
-    if timed:
-        charts.append(
-            pairs(
-                timed,
-                "step_ms",
-                "torch_step_ms",
-                1,
-                "training step, ms",
-                "A training step of the whole network, batch of 64: shorter is better.",
-            )
-        )
-        charts.append(
-            pairs(
-                timed,
-                "saved_bytes",
-                "torch_saved_bytes",
-                1 / 1024,
-                "kept for the backward pass, KiB",
-                "What the first pooling layer keeps in memory for its backward pass.",
-            )
-        )
-    return charts
+    return [summary(arms, compared, reference), *([costs(timed)] if timed else [])]

@@ -96,10 +96,11 @@ def locate(offsets: Tensor, corners: Sequence[Corner]) -> tuple[Tensor, Tensor]:
     """
     flat: Tensor | int = 0
     inside: Tensor | bool = True
-    rest = math.prod(corner.axis.kernel for corner in corners)
-    for axis, start, stop in corners:
-        rest = rest // axis.kernel
-        position = start + offsets // rest % axis.kernel * axis.dilation
+    for i, (axis, start, stop) in enumerate(corners):
+        rest = math.prod([corner.axis.kernel for corner in corners[i + 1 :]])
+        tap = offsets // rest
+        offsets = offsets - tap * rest  # exporters do not know the remainder by a free size
+        position = start + tap * axis.dilation
         inside = inside & (position >= 0) & (position < stop)
         flat = flat * axis.in_size + position.clamp(0, axis.in_size - 1)
     assert isinstance(flat, Tensor)
@@ -135,20 +136,8 @@ def _bands(
 def _windows_of(axes: Sequence[Corner]) -> tuple[Tensor, Tensor]:
     """Flat positions of all taps, (1 | N, 1 | C, *O, prod K), and whether they lie inside the
     input."""
-    d = len(axes)
-    flat: Tensor | int = 0
-    inside: Tensor | bool = True
-    for i, (axis, start, stop) in enumerate(axes):
-        taps = torch.arange(axis.kernel, device=start.device) * axis.dilation
-        position = start.reshape(*start.shape[:-1], *(1,) * d) + taps.reshape(
-            -1, *(1,) * (d - 1 - i)
-        )
-        limit = stop if not isinstance(stop, Tensor) else stop.reshape(*stop.shape[:-1], *(1,) * d)
-        inside = inside & (position >= 0) & (position < limit)
-        flat = flat * axis.in_size + position.clamp(0, axis.in_size - 1)
-    assert isinstance(flat, Tensor)
-    assert isinstance(inside, Tensor)
-    return flat.flatten(-d), inside.expand(flat.shape).flatten(-d)
+    taps = math.prod(corner.axis.kernel for corner in axes)
+    return locate(torch.arange(taps, device=axes[0].start.device), axes)
 
 
 def _gather(x: Tensor, flat: Tensor) -> Tensor:

@@ -3,6 +3,8 @@ own folder."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +42,15 @@ class Images:
     def channels(self) -> int:
         """Colour channels of an image."""
         return int(self.train.shape[1])
+
+    @property
+    def digest(self) -> str:
+        """Tells these images and labels from others."""
+        parts = (self.train, self.train_labels, self.test, self.test_labels)
+        made = hashlib.sha256()
+        for part in parts:
+            made.update(part.numpy().tobytes())
+        return made.hexdigest()[:16]
 
 
 def _split(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -96,8 +107,18 @@ def folder(path: Path) -> Images:
         images.
     """
     if not path.is_dir():
-        raise DataError(f"--data {path}: there is no such folder")
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        raise DataError(
+            f"--data {path} is {'a file' if path.exists() else 'missing'}; give a folder that "
+            "holds one folder of images per class (cats/1.png, dogs/1.png, ...)"
+        )
+    try:
+        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        files = {name: _image_files(path / name) for name in names}
+    except OSError as error:
+        raise DataError(
+            f"--data {path}: {error.filename} cannot be read ({error.strerror}); give a folder "
+            "that you may read"
+        ) from None
     if len(names) < 2:
         raise DataError(
             f"--data {path} has {len(names)} class folders; it "
@@ -108,18 +129,17 @@ def folder(path: Path) -> Images:
     labels: list[int] = []
     skipped: list[str] = []
     for label, name in enumerate(names):
-        found = sorted(p for p in (path / name).rglob("*") if p.suffix.lower() in SUFFIXES)
         before = len(images)
-        for file in found:
+        for file in files[name]:
             try:
                 images.append(_read(file))
                 labels.append(label)
-            except (OSError, ValueError, SyntaxError) as error:
+            except Exception as error:  # image formats have exceptions of their own
                 skipped.append(f"{file.relative_to(path)} ({error})")
         if len(images) - before < 2:
             raise DataError(
                 f"--data {path}: class {name!r} has {len(images) - before} readable images of "
-                f"{len(found)}; every class needs at least two"
+                f"{len(files[name])}; every class needs at least two" + _first(skipped)
             )
     stacked, targets = torch.stack(images), torch.tensor(labels)
     train, test = _split(targets, torch.Generator().manual_seed(0))
@@ -132,6 +152,24 @@ def folder(path: Path) -> Images:
         tuple(names),
         tuple(skipped),
     )
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Images in a folder and the folders inside it; an unreadable folder raises OSError."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return sorted(
+        file
+        for place, _, names in os.walk(folder, onerror=refuse)
+        for file in (Path(place, name) for name in names)
+        if file.suffix.lower() in SUFFIXES
+    )
+
+
+def _first(skipped: list[str]) -> str:
+    return f" (skipped: {skipped[0]}{', ...' if len(skipped) > 1 else ''})" if skipped else ""
 
 
 def _read(file: Path) -> Tensor:

@@ -32,11 +32,16 @@ class Plan:
     geometry: Geometry
     device: str
     data: str
+    digest: str = ""
+    """Of the images: the same folder with other images is another study."""
+    held_out: int = 0
+    """Images that are scored."""
 
     @property
     def fingerprint(self) -> str:
-        """Trials of plans that differ only in arms and seeds can be put together."""
-        fixed = [self.epochs, asdict(self.geometry), self.device, self.data]
+        """Trials of plans that differ only in arms, seeds and the name of the data can be put
+        together."""
+        fixed = [self.epochs, asdict(self.geometry), self.device, self.digest or self.data]
         return hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:10]
 
     @property

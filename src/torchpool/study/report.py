@@ -18,7 +18,8 @@ from torchpool import plot
 from torchpool.study.data import Images
 from torchpool.study.experiment import Results
 from torchpool.study.model import ARMS
-from torchpool.study.statistics import Comparison, compare
+from torchpool.study.statistics import LEVEL, Comparison, compare
+from torchpool.study.trial import SHIFT_SEEDS
 
 
 def title(label: str) -> str:
@@ -45,6 +46,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
                 "accuracies": accuracies,
                 "accuracy": mean(accuracies),
                 "accuracy_sd": stdev(accuracies) if len(accuracies) > 1 else math.nan,
+                "consistencies": consistencies,
                 "consistency": mean(consistencies),
                 "consistency_sd": stdev(consistencies) if len(consistencies) > 1 else math.nan,
                 "parameters": next(iter(by_seed.values())).parameters,
@@ -61,7 +63,9 @@ def comparisons(results: Results, measure: str = "accuracy") -> list[Comparison]
         for arm, by_seed in results.scores.items()
     }
     reference = results.plan.arms[0]
-    return compare(scores, reference) if reference in scores else []
+    images = results.plan.held_out * (len(SHIFT_SEEDS) if measure == "consistency" else 1)
+    step = 1 / images if images else 0.0
+    return compare(scores, reference, step) if reference in scores else []
 
 
 def _points(share: float) -> str:
@@ -89,41 +93,46 @@ def verdict(results: Results) -> list[str]:
     table, compared = rows(results), comparisons(results)
     if not table:
         return ["No trial has finished yet."]
-    reference = results.plan.arms[0]
-    better = [c for c in compared if c.is_significant and c.difference > 0]
-    if len(table) == 1:
-        first = f"Only {title(table[0]['arm'])} has run: there is nothing to compare it with."
-    elif better:
-        best = max(better, key=lambda c: c.difference)
-        first = f"Choose {title(best.arm)}: {sentence(best, 'accuracy')}"
-    elif any(c.is_significant for c in compared):
-        first = (
-            f"Stay with {title(reference)}: no other pooling is more "
-            f"accurate beyond noise, and some are less."
-        )
-    else:
-        first = (
-            "No pooling differs from the others in accuracy by more than "
-            "noise here: choose by cost and by shift consistency."
-        )
+    lines = [_choice(table, compared, title(results.plan.arms[0]))]
     steady = [c for c in comparisons(results, "consistency") if c.is_significant]
-    lines = [first]
-    if steady:
-        best = max(steady, key=lambda c: c.difference)
-        if best.difference > 0:
-            lines.append(f"Steadiest under shifts: {sentence(best, 'shift consistency')}")
-    if len(table) > 1 and max(row["seeds"] for row in table) < 5:
-        lines.append(
-            "With fewer than five seeds only very large differences "
-            "can be told from noise: run more with --seeds."
-        )
+    best = max(steady, key=lambda c: c.difference, default=None)
+    if best and best.difference > 0:
+        lines.append(f"Steadiest under shifts: {sentence(best, 'shift consistency')}")
     timed = [row for row in table if row["cost"]]
-    if timed:
+    if len(timed) > 1:
         cheapest = min(timed, key=lambda row: row["cost"]["step_ms"])
         lines.append(
             f"Cheapest training step: {cheapest['title']}, {cheapest['cost']['step_ms']:.1f} ms."
         )
+    if compared and max(row["seeds"] for row in table) < 5:
+        lines.append(
+            "With fewer than five seeds only very large differences can be told from noise: run "
+            "more with --seeds."
+        )
     return lines
+
+
+def _choice(table: list[dict[str, Any]], compared: list[Comparison], reference: str) -> str:
+    """The advice that accuracy gives."""
+    if not compared:
+        return f"Only {table[0]['title']} has run: there is nothing to compare it with."
+    better = [c for c in compared if c.is_significant and c.difference > 0]
+    if better:
+        best = max(better, key=lambda c: c.difference)
+        return f"Choose {title(best.arm)}: {sentence(best, 'accuracy')}"
+    if any(c.is_significant for c in compared):
+        return (
+            f"Stay with {reference}: no other pooling is more accurate beyond noise, and some are "
+            f"less."
+        )
+    first = f"No pooling differs from {reference} in accuracy by more than noise here"
+    leader = max(compared, key=lambda c: c.difference)
+    if leader.difference > 0 and leader.p < LEVEL:
+        first += (
+            f" ({title(leader.arm)} came out highest, {100 * leader.difference:+.1f} points, "
+            f"p = {leader.p_holm:.2g} after correction)"
+        )
+    return f"{first}: choose by shift consistency and by cost."
 
 
 def as_json(results: Results, images: Images) -> dict[str, Any]:
@@ -164,7 +173,7 @@ def _finite(value: Any) -> Any:
 
 
 def write(results: Results, images: Images, out: Path) -> Path:
-    """Writes results.json and report.html into `out`; returns the report's path."""
+    """Writes results.json, report.html and chart.png into `out`; returns the report's path."""
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     out.mkdir(parents=True, exist_ok=True)
@@ -182,6 +191,8 @@ def write(results: Results, images: Images, out: Path) -> Path:
         reference=title(results.plan.arms[0]),
         repeats=len(results.plan.arms) - 1,
     )
+    if charts:
+        charts[0].save(out / "chart.png")
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
     return path

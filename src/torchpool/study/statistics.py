@@ -34,11 +34,17 @@ class Comparison:
         return self.p_holm < LEVEL
 
 
-def paired(arm: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float, float]:
+def paired(
+    arm: Sequence[float], reference: Sequence[float], step: float = 0.0
+) -> tuple[float, float, float, float]:
     """Mean difference, its 95 % confidence interval and the p-value of the paired t-test.
 
-    Fewer than two pairs say nothing: the interval is infinite and p is 1. Identical differences (no
-    variance) give p = 1 where they are 0, else 0.
+    Fewer than two pairs say nothing: the interval is infinite and p is 1.
+
+    Args:
+        step: what the scores are multiples of (a share of n images: 1 / n). Differences that
+            happen to be equal are not taken for free of noise: their variance counts as at least
+            that of two roundings to the step, step² / 6.
     """
     from scipy import stats
 
@@ -47,11 +53,14 @@ def paired(arm: Sequence[float], reference: Sequence[float]) -> tuple[float, flo
     mean = math.fsum(differences) / n
     if n < 2:
         return mean, -math.inf, math.inf, 1.0
-    spread = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    if not any(differences):
+        return 0.0, 0.0, 0.0, 1.0
+    variance = math.fsum((d - mean) ** 2 for d in differences) / (n - 1)
+    spread = math.sqrt(max(variance, step * step / 6) / n)
     if spread == 0:
-        return mean, mean, mean, 1.0 if mean == 0 else 0.0
+        return mean, mean, mean, 0.0
     reach = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * spread
-    return mean, mean - reach, mean + reach, float(stats.ttest_rel(arm, reference).pvalue)
+    return mean, mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / spread, n - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -65,14 +74,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def compare(scores: dict[str, dict[int, float]], reference: str) -> list[Comparison]:
-    """Every other arm against the reference; scores[arm][seed]."""
+def compare(
+    scores: dict[str, dict[int, float]], reference: str, step: float = 0.0
+) -> list[Comparison]:
+    """Every other arm against the reference; scores[arm][seed], multiples of `step`."""
     rows = []
     for arm, by_seed in scores.items():
         shared = sorted(set(by_seed) & set(scores[reference]))
         if arm == reference or not shared:
             continue
-        numbers = paired([by_seed[s] for s in shared], [scores[reference][s] for s in shared])
+        ours, theirs = ([scores[name][s] for s in shared] for name in (arm, reference))
+        numbers = paired(ours, theirs, step)
         rows.append((arm, len(shared), numbers))
     corrected = holm([numbers[3] for *_, numbers in rows])
     return [
