@@ -219,9 +219,9 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor | None, Tensor | None]:
     mask = torch.rand(case.shape, generator=generator) > 0.4 if case.masked else None
     weights = None
     if case.weighted:
-        weights = (torch.rand(case.shape, generator=generator, dtype=torch.float64) * 1.5 + 0.25).to(
-            case.dtype if case.dtype.is_floating_point else torch.float32
-        )
+        weights = (
+            torch.rand(case.shape, generator=generator, dtype=torch.float64) * 1.5 + 0.25
+        ).to(case.dtype if case.dtype.is_floating_point else torch.float32)
         weights[torch.rand(case.shape, generator=generator) < 0.25] = 0
     return x.to(case.dtype), mask, weights
 
