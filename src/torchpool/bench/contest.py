@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchpool.bench.peers import NotOffered
-from torchpool.bench.timing import Call, Timing, in_turns, seconds
+from torchpool.bench.timing import Call, Timing, in_turns
 
 OURS, COPY = "torchpool", "copy"
 
@@ -111,7 +111,7 @@ def contend(row: Row, budget: float) -> Result:
         budget: seconds of timing for each contender.
     """
     outcomes: dict[str, Outcome] = {}
-    ready: dict[str, tuple[Contender, Call]] = {}
+    ready: dict[str, Contender] = {}
     for name, make in row.build().items():
         made = _checked(make)
         if isinstance(made, Outcome):
@@ -119,23 +119,21 @@ def contend(row: Row, budget: float) -> Result:
         else:
             outcomes[name] = Outcome("ok")  # keeps its place until it is timed
             ready[name] = made
-    timings = in_turns([call for _, call in ready.values()], budget)
-    for (name, (contender, _)), timing in zip(ready.items(), timings, strict=True):
+    timings = in_turns([Call(c.run, c.before) for c in ready.values()], budget)
+    for (name, contender), timing in zip(ready.items(), timings, strict=True):
         outcomes[name] = _timed(timing, contender.traffic)
     ready.clear()
     gc.collect()
     return Result(row.group, row.name, row.about, outcomes)
 
 
-def _checked(make: Callable[[], Contender]) -> Outcome | tuple[Contender, Call]:
-    """A contender that gave the right result, and its call; else what became of it."""
+def _checked(make: Callable[[], Contender]) -> Outcome | Contender:
+    """A contender that gave the right result; else what became of it."""
     try:
         contender = make()
         if contender.before is not None:
             contender.before()
-        results: list[Any] = []
-        first = seconds(lambda i: results.append(contender.run(i)), 0, 1)
-        fault = contender.check(results.pop())
+        fault = contender.check(contender.run(0))
     except NotOffered as reason:
         return Outcome("absent", str(reason))
     except ModuleNotFoundError as missing:
@@ -145,7 +143,7 @@ def _checked(make: Callable[[], Contender]) -> Outcome | tuple[Contender, Call]:
         return Outcome("failed", text.splitlines()[0][:200])
     if fault is not None:
         return Outcome("wrong", fault)
-    return contender, Call(contender.run, first, contender.before)
+    return contender
 
 
 def _timed(timing: Timing, traffic: int) -> Outcome:

@@ -14,7 +14,7 @@ from torch.utils import _pytree
 
 from torchpool.analysis import saved_bytes
 from torchpool.bench.contest import difference
-from torchpool.bench.timing import Call, Timing, in_turns, seconds
+from torchpool.bench.timing import Call, Timing, in_turns
 from torchpool.convert import Report, convert
 
 
@@ -90,12 +90,9 @@ def _train(model: nn.Module, x: Tensor) -> None:
 
 
 def _times(models: tuple[nn.Module, ...], work: Any, budget: float) -> tuple[Timing, Timing]:
-    calls = []
     for model in models:
-        run = partial(_ignoring, work, model)
-        run(0)
-        calls.append(Call(run, seconds(run, 0, 1)))
-    before, after = in_turns(calls, budget)
+        work(model)
+    before, after = in_turns([Call(partial(_ignoring, work, model)) for model in models], budget)
     return before, after
 
 

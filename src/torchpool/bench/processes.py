@@ -96,7 +96,8 @@ def memory_here(threads: int, quick: bool) -> list[dict[str, Any]]:
             x = torch.randn(shape)
             if layout == "channels_last":
                 x = x.contiguous(memory_format=torch.channels_last)
-            rows.append({"reduction": str(reduction), "layout": layout, **_measured(x, reduction)})
+            name = type(reduction).__name__
+            rows.append({"reduction": name, "layout": layout, **_measured(x, reduction)})
     return rows
 
 

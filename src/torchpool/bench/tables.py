@@ -151,10 +151,10 @@ def _start(results: Sequence[Result]) -> Table:
 
 def _memory(results: Sequence[Result]) -> Table:
     keys = ("input", "output", "saved", "forward_extra", "backward_extra")
-    table = _new("memory", [f"{key.replace('_', ', ')} MiB" for key in keys])
+    table = _new("memory", [key.replace("_", " ") for key in keys])
     for r in results:
         table.add_row(_name(r), *(f"{r.about[f'{key}_bytes'] / MIB:.2f}" for key in keys))
-    table.caption = "extra: at the peak of the call, beyond input, result and what is saved."
+    table.caption = "MiB. Extra: at the peak of the call, beyond input, result and saved."
     return table
 
 

@@ -25,8 +25,6 @@ class Call(NamedTuple):
 
     run: Callable[[int], Any]
     """Runs on the i-th set of inputs, i counting up without end."""
-    first: float
-    """Seconds that a first call took."""
     before: Callable[[], None] | None = None
     """Runs before each sample, outside the timing."""
 
@@ -42,42 +40,44 @@ class Timing(NamedTuple):
     samples: int
 
 
-def seconds(run: Callable[[int], Any], first: int, repeats: int) -> float:
-    """Mean seconds of a call over `repeats` calls in a row, the i-th with argument first + i."""
-    begin = time.perf_counter()
-    for i in range(first, first + repeats):
-        run(i)
-    return (time.perf_counter() - begin) / repeats
-
-
 def _sample(call: Call, first: int, repeats: int) -> float:
+    """Mean seconds of a call, over `repeats` calls in a row."""
     time.sleep(SETTLE)
     if call.before is not None:
         call.before()
     if repeats > 1:
         call.run(first)  # what the contender before put into the caches is not its own
-    return seconds(call.run, first, repeats)
+    begin = time.perf_counter()
+    for i in range(first, first + repeats):
+        call.run(i)
+    return (time.perf_counter() - begin) / repeats
+
+
+def _estimate(call: Call) -> float:
+    """Seconds of a call: the least of three, or one where that is slow."""
+    least = _sample(call, 0, 1)
+    for i in range(1, 3):
+        if least < SLOW:
+            least = min(least, _sample(call, i, 1))
+    return least
 
 
 def in_turns(calls: Sequence[Call], budget: float) -> list[Timing]:
-    """Times calls in turns, one sample of each per round.
+    """Times calls that ran before in turns, one sample of each per round.
 
     Args:
         budget: seconds for each call; a call that has used it up sits out, though not before its
-            third sample. A call whose first took longer than SLOW is not repeated.
+            third sample. A call that takes longer than SLOW is timed once.
     """
-    samples = [[call.first] if call.first > SLOW else [] for call in calls]
-    repeats = [
-        1 if kept else max(1, round(SHORTEST / max(_sample(call, 1, 1), 1e-9)))
-        for call, kept in zip(calls, samples, strict=True)
-    ]
-    used = [budget * len(kept) for kept in samples]
+    estimates = [_estimate(call) for call in calls]
+    samples = [[seconds] if seconds > SLOW else [] for seconds in estimates]
+    repeats = [max(1, round(SHORTEST / max(seconds, 1e-9))) for seconds in estimates]
+    used = [0.0] * len(calls)
     for turn in range(MOST):
         for i, call in enumerate(calls):
-            done = len(samples[i]) >= LEAST or call.first > SLOW
-            if used[i] >= budget and done:
+            if estimates[i] > SLOW or (used[i] >= budget and len(samples[i]) >= LEAST):
                 continue
-            took = _sample(call, 2 + turn * repeats[i], repeats[i])
+            took = _sample(call, turn * repeats[i], repeats[i])
             samples[i].append(took)
             used[i] += took * repeats[i]
     return [_timing(kept) for kept in samples]
