@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test bench docs clean
+.PHONY: run test boundscheck bench docs clean
 
 run: $(STAMP)            ## trains the same network once per pooling and says which is better
 	$(BIN)/torchpool study
@@ -16,8 +16,13 @@ test: $(STAMP)           ## every check
 	$(BIN)/python -m pytest tests/test_structure.py
 	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules src tests --ignore tests/test_structure.py
 
-bench: $(STAMP)          ## side by side with other libraries
-	$(BIN)/python benchmarks/quick.py
+boundscheck: $(STAMP)    ## the CPU kernels with every access checked, in a cache of their own
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(CURDIR)/.numba-boundscheck \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile brief tests/test_cpu.py tests/test_fuzz.py
+
+bench: $(STAMP)          ## side by side with other libraries: benchmarks/results/cpu.json
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/torchpool bench
 
 docs: $(STAMP)           ## the site, in build/site
 	$(BIN)/mkdocs build --quiet
@@ -29,4 +34,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .numba-boundscheck .pytest_cache .mypy_cache .ruff_cache .hypothesis

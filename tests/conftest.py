@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# How much test_fuzz.py tries, per family of reductions: always the same cases, except when "deep".
+_FUZZ = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("fuzz", _FUZZ, max_examples=320, derandomize=True)
+settings.register_profile("brief", _FUZZ, max_examples=40, derandomize=True)
+settings.register_profile("deep", _FUZZ, max_examples=5000, print_blob=True)
 
 
 @pytest.fixture(params=["reference", "device"])

@@ -106,16 +106,17 @@ def pool(
     values = np.empty((*x.shape[:2], *outs))
     indices = np.full(values.shape, -1, dtype=np.int64)
     sizes = x.shape[2:]
-    for n, c in itertools.product(*map(range, x.shape[:2])):
-        exponent = float(np.asarray(p).reshape(-1)[c if np.size(p) > 1 else 0])
-        for o in itertools.product(*map(range, outs)):
-            inside = []
-            for position in itertools.product(*(taps[i] for taps, i in zip(axes, o, strict=True))):
-                if all(0 <= q < size for q, size in zip(position, sizes, strict=True)):
-                    allowed = mask is None or mask[(n, c, *position)]
-                    weighted = weights is None or weights[(n, c, *position)] != 0
-                    if allowed and weighted:
-                        inside.append(position)
+    for o in itertools.product(*map(range, outs)):
+        taps = itertools.product(*(axis[i] for axis, i in zip(axes, o, strict=True)))
+        real = [q for q in taps if all(0 <= i < size for i, size in zip(q, sizes, strict=True))]
+        for n, c in itertools.product(*map(range, x.shape[:2])):
+            exponent = float(np.asarray(p).reshape(-1)[c if np.size(p) > 1 else 0])
+            inside = [
+                q
+                for q in real
+                if (mask is None or mask[(n, c, *q)])
+                and (weights is None or weights[(n, c, *q)] != 0)
+            ]
             values[(n, c, *o)], indices[(n, c, *o)] = _window(
                 x[n, c], inside, name, exponent, weights, (n, c), fill, better
             )

@@ -20,7 +20,7 @@ FLOORS = [
     {"convert"},
     {"analysis", "gallery"},
     {"plot"},
-    {"study"},
+    {"study", "bench"},
     {"cli"},
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

@@ -1,4 +1,4 @@
-"""The command line: `torchpool study`, `show`, `inspect`."""
+"""The command line: `torchpool study`, `show`, `inspect`, `bench`."""
 
 from __future__ import annotations
 
@@ -379,3 +379,131 @@ def _shape(text: str) -> tuple[int, ...]:
     if any(size < 1 for size in shape):
         raise ValueError(f"--input {text}: every size must be at least 1")
     return shape
+
+
+# bench
+
+
+@app.command()
+def bench(
+    group: Annotated[
+        str, typer.Option(help="Groups of rows, with commas, as forward,training; default: all.")
+    ] = "",
+    filter: Annotated[str, typer.Option(help="Only rows that contain all of these words.")] = "",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer and smaller rows, without torch.compile.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of every contender; default: torch's number.")
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(help="Contenders besides torchpool, as torch,onednn; default: all installed."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The JSON to write; default: benchmarks/results/cpu.json, if every row is run."
+        ),
+    ] = None,
+    saved: Annotated[
+        Path | None,
+        typer.Option("--from", help="Show the JSON of an earlier run instead of measuring."),
+    ] = None,
+    chart: Annotated[
+        Path | None, typer.Option(help="An SVG to draw of the rows of the group forward.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="Instead: a model of yours before and after torchpool.convert.",
+        ),
+    ] = None,
+    input: Annotated[str, typer.Option(help="Shape of the model's input.")] = "8,3,224,224",
+) -> None:
+    """Times torchpool beside other libraries and beside a copy of as many bytes; every result is
+    checked before it is timed."""
+    import torch
+
+    if model is not None:
+        _bench_model(model, _shape(input), threads)
+        return
+    from torchpool.bench import report, tables
+
+    if saved is None:
+        threads = threads or torch.get_num_threads()
+        made = _measure(group, filter, quick, threads, peers)
+        if out is None and not (group or filter or quick or peers):
+            out = Path("benchmarks/results/cpu.json")
+        if out is not None:
+            report.write(made, out)
+    else:
+        made = report.read(saved)
+    for table in tables.tables(made):
+        console.print(table)
+    for fault in tables.faults(made):
+        console.print(fault, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if saved is None and out is not None:
+        console.print(f"Results: {out}", markup=False, highlight=False, soft_wrap=True)
+    if chart is not None:
+        from torchpool import plot
+
+        _write_text(chart, plot.shares_of_copy(tables.bars(made)).svg, "--chart")
+
+
+def _measure(group: str, words: str, quick: bool, threads: int, named: str | None) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from torchpool.bench import groups, peers, report
+
+    names = named.split(",") if named is not None else list(peers.PEERS)
+    if quick and named is None:
+        names.remove("torch.compile")
+    settings = groups.Settings(threads, peers.chosen(list(filter(None, names))), quick)
+    picked = [name.strip() for name in group.split(",") if name.strip()]
+    steps = report.plan(settings, picked, words)
+    if not steps:
+        raise ValueError(f"--filter {words!r} leaves no row; drop a word")
+    columns = (
+        TextColumn("{task.description:48.48}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    results = []
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(steps))
+        try:
+            for found in report.measure(
+                steps, lambda name: progress.update(task, description=name)
+            ):
+                results += found
+                progress.advance(task)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print("[yellow]Stopped: the rows that were finished follow.[/yellow]")
+    return report.report(results, settings)
+
+
+def _bench_model(target: str, shape: tuple[int, ...], threads: int | None) -> None:
+    import torch
+
+    from torchpool import analysis
+    from torchpool.bench import model, tables
+
+    loaded = analysis.load(target)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    found = model.compare(loaded, torch.randn(shape))
+    console.print(str(found.report), markup=False, highlight=False)
+    console.print(tables.model_table(target, found))
+    if found.difference is not None:
+        console.print(f"The results differ: {found.difference}", style="bold red", markup=False)
+
+
+def _write_text(path: Path, text: str, option: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be written: {error.strerror}") from None

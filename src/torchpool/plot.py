@@ -1,4 +1,4 @@
-"""Charts of what a study returns, as SVG text and as PNG."""
+"""Charts of what a study and a benchmark return, as SVG text and as PNG."""
 
 from __future__ import annotations
 
@@ -179,3 +179,33 @@ def study_charts(
         return []
     timed = [arm for arm in arms if arm["cost"]]
     return [summary(arms, compared, reference), *([costs(timed)] if timed else [])]
+
+
+def shares_of_copy(rows: Sequence[dict[str, Any]]) -> Chart:
+    """Speed of torchpool and of the best of its peers as shares of a copy's, two bars per row.
+
+    Args:
+        rows: each with "title", the shares "ours" and "peer", and the "name" of that peer.
+    Raises:
+        ValueError: there is no row.
+    """
+    from matplotlib.patches import Patch
+
+    if not rows:
+        raise ValueError("nothing to draw: no row of the group forward was timed beside a peer")
+    figure, (axes,) = _panels([row["title"] for row in rows], 1, 0.42)
+    axes.axvline(100, color=SOFT, linewidth=1)
+    for y, row in enumerate(rows):
+        axes.barh(y - 0.19, 100 * row["ours"], height=0.36, color=OURS)
+        axes.barh(y + 0.19, 100 * row["peer"], height=0.36, color=THEIRS)
+        note = {"textcoords": "offset points", "va": "center", "fontsize": 7.5, "color": INK}
+        axes.annotate(row["name"], (100 * row["peer"], y + 0.19), (3, 0), **note)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.12)
+    axes.set_xlabel("speed, % of a copy of as many bytes", fontsize=9)
+    handles = [
+        Patch(color=OURS, label="torchpool"),
+        Patch(color=THEIRS, label="best other library"),
+    ]
+    axes.legend(handles=handles, loc="lower right", fontsize=8, frameon=False)
+    return Chart(figure, "Forward pass, contiguous float32: longer is better.")

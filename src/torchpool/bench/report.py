@@ -1,0 +1,152 @@
+"""A whole run: its rows, as JSON and back."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchpool.bench import peers, processes
+from torchpool.bench.contest import Outcome, Result, Row, contend
+from torchpool.bench.groups import GROUPS, Settings
+from torchpool.bench.targets import verdicts
+
+SCHEMA = 1
+PROCESSES = {"start": processes.first_calls, "memory": processes.memory}
+ALL = (*GROUPS, *PROCESSES)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of a run and what they were measured with."""
+
+    results: list[Result]
+    about: dict[str, Any]
+    """Date, machine, threads, versions."""
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its number of usable cores, the system."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        model = next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), model)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "simd": capability,
+        "system": platform.platform(),
+    }
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a run that the progress bar counts."""
+
+    name: str
+    run: Callable[[], list[Result]]
+
+
+def plan(settings: Settings, groups: Sequence[str] = (), words: str = "") -> list[Step]:
+    """The steps of some groups (all of them, if none is named) whose group, name or layout contains
+    every one of `words`.
+
+    Raises:
+        ValueError: a group does not exist.
+    """
+    for name in groups:
+        if name not in ALL:
+            raise ValueError(f"--group {name} is not one of {', '.join(ALL)}")
+    steps = []
+    for name in groups or ALL:
+        if name in GROUPS:
+            steps += [
+                Step(_text(row), partial(_run, row, settings)) for row in GROUPS[name](settings)
+            ]
+        else:
+            steps.append(Step(name, partial(PROCESSES[name], settings.threads, settings.quick)))
+    return [step for step in steps if all(word in step.name for word in words.split())]
+
+
+def _text(row: Row) -> str:
+    return f"{row.group} {row.name} {row.about.get('layout', '')}"
+
+
+def _run(row: Row, settings: Settings) -> list[Result]:
+    torch.set_num_threads(settings.threads)
+    return [contend(row, settings.budget)]
+
+
+def measure(
+    steps: Sequence[Step], on_step: Callable[[str], None] = lambda name: None
+) -> Iterator[list[Result]]:
+    """Runs steps one after the other; `on_step` is told each before it begins."""
+    before = torch.get_num_threads()
+    try:
+        for step in steps:
+            on_step(step.name)
+            yield step.run()
+    finally:
+        torch.set_num_threads(before)
+
+
+def report(results: Sequence[Result], settings: Settings) -> Report:
+    """Results with what they were measured with."""
+    about = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "threads": settings.threads,
+        "quick": settings.quick,
+        "versions": peers.versions(),
+    }
+    return Report(list(results), about)
+
+
+def write(made: Report, path: Path) -> None:
+    """Writes a report as JSON.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    found = [asdict(verdict) for verdict in verdicts(made.results)]
+    rows = [result.as_dict() for result in made.results]
+    whole = {"schema": SCHEMA, **made.about, "targets": found, "rows": rows}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--out {path} cannot be written: {error.strerror}") from None
+
+
+def read(path: Path) -> Report:
+    """The report that `write` wrote.
+
+    Raises:
+        ValueError: there is no such report.
+    """
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        rows = whole.pop("rows")
+    except OSError as error:
+        raise ValueError(f"--from {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError):
+        raise ValueError(f"--from {path} is not a report of `torchpool bench`") from None
+    if whole.pop("schema") != SCHEMA:
+        raise ValueError(f"--from {path} was written by another version of `torchpool bench`")
+    whole.pop("targets")
+    return Report([_result(row) for row in rows], whole)
+
+
+def _result(row: dict[str, Any]) -> Result:
+    outcomes = {name: Outcome(**fields) for name, fields in row["outcomes"].items()}
+    return Result(row["group"], row["name"], row["about"], outcomes)
