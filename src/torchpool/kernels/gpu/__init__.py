@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchpool.kernels import layout
-from torchpool.kernels.gpu import accumulation, geometry, launching, selection
+from torchpool.kernels.gpu import accumulation, geometry, launching, passes, selection
 from torchpool.reductions import Accumulation, Selection
 from torchpool.windows import Axis
 
@@ -44,7 +44,11 @@ def select(
     y = layout.empty_like(x, outs)
     dtype = layout.state_dtype(axes)
     state = layout.empty_like(x, outs, dtype) if save else x.new_empty(0, dtype=dtype)
-    if y.numel():
+    if y.numel() == 0:
+        return y, state
+    if mask is None and type(reduction).key is Selection.key and passes.serve(x, axes):
+        passes.select(x, reduction, axes, y, state)
+    else:
         seen = geometry.view(x, axes)
         run = selection.few if seen.taps <= selection.FEW else selection.many
         run(seen, x, None if mask is None else mask.expand(x.shape), reduction, y, state)
@@ -56,8 +60,13 @@ def select_backward(
 ) -> Tensor:
     """Sends the gradient of each window to its winner; see `reference.select_backward`."""
     gx = layout.empty_like(state, [axis.in_size for axis in axes], grad.dtype)
-    if gx.numel():
-        selection.send_back(geometry.view(gx, axes), grad, state, gx)
+    if gx.numel() == 0:
+        return gx
+    seen = geometry.view(gx, axes)
+    if seen.covers > selection.UNROLLED_COVERS and len(axes) > 1:
+        passes.send_back(grad, state, axes, gx)
+    else:
+        selection.send_back(seen, grad, state, gx)
     return gx
 
 
@@ -111,7 +120,10 @@ def accumulate(
     saved = _empty_saved(y, reduction) if save and not reduction.linear else None
     if y.numel():
         problem = _problem(x, x, mask, weights, params, reduction, axes)
-        accumulation.forward(problem, y, saved)
+        if problem.has_closed_form and passes.serve(x, axes):
+            passes.accumulate(x, reduction, axes, y)
+        else:
+            accumulation.forward(problem, y, saved)
     empty = x.new_empty(0, dtype=layout.compute_dtype(x.dtype))
     return y, empty if saved is None else saved
 
@@ -134,7 +146,9 @@ def accumulate_backward(
         return like, *(like.new_empty(like.shape if need else 0) for need in needs[1:])
     problem = _problem(like, x if x.numel() else None, mask, weights, params, reduction, axes)
     gw = torch.empty_like(like, dtype=problem.compute) if needs[1] else None
-    if needs[0] or needs[1]:
+    if needs[0] and problem.has_closed_form and passes.serve(like, axes):
+        passes.accumulate_back(grad, reduction, axes, like)
+    elif needs[0] or needs[1]:
         saved = stats if stats.numel() else _derivatives(problem, grad)
         accumulation.backward(problem, grad, saved, like if needs[0] else None, gw)
     gp = accumulation.by_parameter(problem, grad) if needs[2] else empty

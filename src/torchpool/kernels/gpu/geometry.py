@@ -28,7 +28,7 @@ AXES = 4
 LANES = 5
 _TRIVIAL = Axis(1, 1, 1, 1, 1, 0, 0)
 _WIDEST = 16
-_INT32 = 1 << 31
+INT32 = 1 << 31
 
 
 class Span(NamedTuple):
@@ -57,7 +57,7 @@ def _span(axis: Axis) -> Span:
         divides = axis.in_size % axis.out_size == 0
         return Span(
             max(lengths), 0, 1, 0, 0, min(lengths), 0,
-            int((axis.in_size + 1) * (axis.out_size + 1) >= _INT32), 1 if divides else most,
+            int((axis.in_size + 1) * (axis.out_size + 1) >= INT32), 1 if divides else most,
         )  # fmt: skip
     last = (axis.out_size - 1) * axis.stride - axis.before
     high = (axis.in_size - 1 - last) // axis.dilation + 1
@@ -145,12 +145,12 @@ def why_not(axes: Sequence[Axis]) -> str | None:
     """Why the kernels cannot address these windows; None where they can."""
     if len(axes) > AXES:
         return f"the GPU kernels pool at most {AXES} axes, not {len(axes)}"
-    if math.prod(axis.in_size for axis in axes) >= _INT32:
+    if math.prod(axis.in_size for axis in axes) >= INT32:
         return "a plane has 2^31 elements or more"
     return None
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
     return int(triton.next_power_of_2(max(1, n)))
 
 
@@ -162,7 +162,7 @@ def alignment(size: int) -> int:
 def _block(size: int, most: int) -> int:
     """The largest power of two up to `most` that wastes, on a size, little more than any of 16 and
     above does."""
-    most = min(_power(most), _power(size))
+    most = min(power(most), power(size))
     choices = [1 << i for i in range(min(most, 16).bit_length() - 1, most.bit_length())]
     spent = {choice: -(-size // choice) * choice for choice in choices}
     return max(choice for choice in choices if 8 * spent[choice] <= 9 * min(spent.values()))
@@ -181,7 +181,7 @@ def tile(planes: int, rows: int, columns: int, elements: int) -> Tile:
     """The tile of about `elements` lanes that wastes few."""
     width = _block(columns, min(elements, 256))
     height = _block(rows, max(1, elements // width))
-    return Tile(min(_power(planes), max(1, elements // (width * height))), height, width)
+    return Tile(min(power(planes), max(1, elements // (width * height))), height, width)
 
 
 def programs(planes: int, sizes: Sequence[int], owned: Tile) -> int:
@@ -220,10 +220,10 @@ def split(seen: View, elements: int) -> tuple[int, int]:
     """How many outputs, and how many taps of each, a program that reads large windows holds: with
     channels last neighbours in memory are outputs, otherwise taps."""
     if seen.channels_last:
-        lanes = min(_power(seen.outs[-1]), 64)
-        return lanes, min(_power(seen.taps), elements // lanes)
-    taps = min(_power(seen.taps), elements)
-    return min(_power(seen.planes * math.prod(seen.outs)), elements // taps), taps
+        lanes = min(power(seen.outs[-1]), 64)
+        return lanes, min(power(seen.taps), elements // lanes)
+    taps = min(power(seen.taps), elements)
+    return min(power(seen.planes * math.prod(seen.outs)), elements // taps), taps
 
 
 def group(seen: View) -> int:
@@ -236,7 +236,7 @@ def group(seen: View) -> int:
 
 def index(count: int) -> Any:
     """The type that counts lanes."""
-    return tl.int64 if count >= _INT32 // 2 else tl.int32
+    return tl.int64 if count >= INT32 // 2 else tl.int32
 
 
 def constants(spans: Sequence[Span]) -> tuple[tuple[int, ...], ...]:
