@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchpool.kernels import layout
-from torchpool.kernels.gpu import accumulation, geometry, launching, passes, selection
+from torchpool.kernels.gpu import accumulation, geometry, launching, passes, selection, small
 from torchpool.reductions import Accumulation, Selection
 from torchpool.windows import Axis
 
@@ -40,13 +40,18 @@ def select(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Winners of all windows; see `reference.select`."""
+    if x.dtype == torch.bool:
+        y, state = select(x.view(torch.uint8), mask, starts, reduction, axes, save)
+        return y.view(torch.bool), state
     outs = [axis.out_size for axis in axes]
     y = layout.empty_like(x, outs)
     dtype = layout.state_dtype(axes)
     state = layout.empty_like(x, outs, dtype) if save else x.new_empty(0, dtype=dtype)
     if y.numel() == 0:
         return y, state
-    if mask is None and type(reduction).key is Selection.key and passes.serve(x, axes):
+    if x.is_cuda and not save and mask is None and small.prefers_torch(x, reduction, axes):
+        small.run(x, reduction, axes, y)
+    elif mask is None and type(reduction).key is Selection.key and passes.serve(x, axes):
         passes.select(x, reduction, axes, y, state)
     else:
         seen = geometry.view(x, axes)
@@ -94,9 +99,14 @@ def _problem(
     axes: Sequence[Axis],
 ) -> accumulation.Problem:
     """The problem whose inputs lie as `like` does, (N, C, *S)."""
-    expanded = [None if t is None else t.expand(like.shape) for t in (mask, weights)]
     return accumulation.Problem(
-        geometry.view(like, axes), x, *expanded, params, reduction, layout.compute_dtype(like.dtype)
+        geometry.view(like, axes),
+        x,
+        None if mask is None else mask.expand(like.shape),
+        None if weights is None else weights.expand(like.shape),
+        params,
+        reduction,
+        layout.compute_dtype(like.dtype),
     )
 
 
@@ -120,7 +130,9 @@ def accumulate(
     saved = _empty_saved(y, reduction) if save and not reduction.linear else None
     if y.numel():
         problem = _problem(x, x, mask, weights, params, reduction, axes)
-        if problem.has_closed_form and passes.serve(x, axes):
+        if x.is_cuda and problem.is_bare and small.prefers_torch(x, reduction, axes):
+            small.run(x, reduction, axes, y)
+        elif problem.has_closed_form and passes.serve(x, axes):
             passes.accumulate(x, reduction, axes, y)
         else:
             accumulation.forward(problem, y, saved)
@@ -141,9 +153,11 @@ def accumulate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weights and params; see `reference.accumulate_backward`."""
     empty = grad.new_empty(0)
-    like = layout.empty_like(grad, [axis.in_size for axis in axes])
+    like = layout.empty_like(x if x.numel() else grad, [axis.in_size for axis in axes])
     if not like.numel():
-        return like, *(like.new_empty(like.shape if need else 0) for need in needs[1:])
+        zeros = torch.zeros_like(like, dtype=layout.compute_dtype(like.dtype))
+        gp = empty if params is None else torch.zeros_like(params)
+        return like, zeros if needs[1] else empty, gp
     problem = _problem(like, x if x.numel() else None, mask, weights, params, reduction, axes)
     gw = torch.empty_like(like, dtype=problem.compute) if needs[1] else None
     if needs[0] and problem.has_closed_form and passes.serve(like, axes):

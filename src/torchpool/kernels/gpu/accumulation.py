@@ -118,9 +118,7 @@ def _divisor(
     if DIVISOR is not None:
         return number * 0.0 + DIVISOR
     elif PADDED:
-        padding = _count(starts, stops, kernels, W, True) - _count(
-            starts, stops, kernels, W, False
-        )
+        padding = _count(starts, stops, kernels, W, True) - _count(starts, stops, kernels, W, False)
         return number + (number * 0.0 + padding)
     else:
         return number
@@ -419,10 +417,10 @@ def backward_kernel(
     mask_strides, weight_strides,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
     UNROLL: tl.constexpr, TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr,
-    CLOSED: tl.constexpr, LINEAR: tl.constexpr, ANCHOR: tl.constexpr,
-    SUMS: tl.constexpr, PARAMETER: tl.constexpr, PER_CHANNEL: tl.constexpr, LAST: tl.constexpr,
-    MASKED: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr,
-    TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
+    CLOSED: tl.constexpr, LINEAR: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr,
+    PARAMETER: tl.constexpr, PER_CHANNEL: tl.constexpr, LAST: tl.constexpr, MASKED: tl.constexpr,
+    WEIGHTED: tl.constexpr, PADDED: tl.constexpr, TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Lanes are groups of GROUP neighbouring inputs of a row (0: single inputs whose windows are
     searched). The derivatives of the values are FACTOR where they are the same everywhere, 1 / n
@@ -518,12 +516,12 @@ def _joined(sides, SIDE: tl.constexpr):
 
 @triton.jit
 def _from_row(
-    m, grad, saved, base, outputs, live, a0, a1, a2, a3, a4, h0, h1, h2, h3, values, p,
-    received, weighing, ins, outs, kernels,
+    m, grad, saved, base, outputs, live, a0, a1, a2, a3, a4, h0, h1, h2, h3, values, p, received,
+    weighing, ins, outs, kernels,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
-    TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr, CLOSED: tl.constexpr, LINEAR: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr,
-    PADDED: tl.constexpr, TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr, CLOSED: tl.constexpr,
+    LINEAR: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr, PADDED: tl.constexpr,
+    TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What the m-th row of outputs that may see a row of inputs sends to it."""
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
@@ -562,8 +560,8 @@ def _from_row(
         for m4 in range(A[8]):
             tap, inside = cover(a4, h4 - m4, i4, o4, kernels[4], A)
             gx, gw = _from_output(
-                grad, saved, at + h4 - m4, outputs, sent & inside & (a4 < i4), rows, h4 - m4, i4, o4,
-                kernels[4], values[0], p, A, TERMS, SLOPES, FACTOR, CLOSED, LINEAR, ANCHOR,
+                grad, saved, at + h4 - m4, outputs, sent & inside & (a4 < i4), rows, h4 - m4, i4,
+                o4, kernels[4], values[0], p, A, TERMS, SLOPES, FACTOR, CLOSED, LINEAR, ANCHOR,
                 SUMS, PADDED, TO_X, TO_WEIGHTS, WIDE,
             )  # fmt: skip
             received = _added(received, gx, 0)
@@ -605,9 +603,9 @@ def _axis_count(b, size, outs, kernel, A: tl.constexpr, PADDED: tl.constexpr):
 @triton.jit
 def _from_output(
     grad, saved, at, outputs, valid, rows, b4, i4, o4, kernel, v, p,
-    A: tl.constexpr, TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr, CLOSED: tl.constexpr, LINEAR: tl.constexpr, ANCHOR: tl.constexpr,
-    SUMS: tl.constexpr, PADDED: tl.constexpr, TO_X: tl.constexpr,
-    TO_WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
+    A: tl.constexpr, TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr,
+    CLOSED: tl.constexpr, LINEAR: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr,
+    PADDED: tl.constexpr, TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What one output sends to the input v and to its weight."""
     g = tl.load(grad + at, mask=valid, other=0).to(WIDE)
@@ -684,9 +682,10 @@ class Problem(NamedTuple):
 
     def common(self) -> dict[str, Any]:
         """What all kernels are compiled for."""
+        kind: Any = type(self.reduction)
         mean = self.reduction if isinstance(self.reduction, Mean) else Mean()
         return {
-            "TERMS": formula(type(self.reduction), "lift"),
+            "TERMS": formula(kind, "lift"),
             "ANCHOR": _ANCHORS[self.reduction.anchor],
             "SUMS": self.reduction.num_sums,
             "PARAMETER": self.params is not None,

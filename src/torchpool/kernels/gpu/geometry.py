@@ -362,7 +362,7 @@ def count_padded(start, stop, kernel, A: tl.constexpr):
 def last_cover(i, size, outs, A: tl.constexpr):
     """The last output whose window begins at or before input i."""
     if A[1] != 0:
-        return (i + A[3]) // A[1]
+        return tl.minimum((i + A[3]) // A[1], outs - 1)
     elif A[7]:
         return (((i + 1).to(tl.int64) * outs - 1) // size).to(tl.int32)
     else:
@@ -385,9 +385,7 @@ def cover(i, o, size, outs, kernel, A: tl.constexpr):
 
 
 @triton.jit
-def windows_of(
-    lane, ins, outs, IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr
-):
+def windows_of(lane, ins, outs, IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr):
     """The windows of flat outputs: their planes, and first positions and ends along the axes."""
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)

@@ -1,5 +1,5 @@
-"""Large overlapping windows an axis at a time: k + k work instead of k × k, and a constant number of
-steps whatever k where an axis is scanned.
+"""Large overlapping windows an axis at a time: k + k work instead of k × k, and where an axis is
+scanned a number of steps that does not grow with k.
 
 A window of k elements that begins at place i of a block of k is the end of that block and the
 beginning of the next (van Herk, Gil and Werman): both are running results of one block, so that no
@@ -150,7 +150,9 @@ class Rows:
 
 
 def _pooled(axes: Sequence[Axis]) -> list[int]:
-    return [i for i, axis in enumerate(axes) if (axis.kernel, axis.stride, axis.before) != (1, 1, 0)]
+    return [
+        i for i, axis in enumerate(axes) if (axis.kernel, axis.stride, axis.before) != (1, 1, 0)
+    ]
 
 
 def serve(x: Tensor, axes: Sequence[Axis]) -> bool:
@@ -188,9 +190,7 @@ def _scan(
     )  # fmt: skip
 
 
-def select(
-    x: Tensor, reduction: Selection, axes: Sequence[Axis], y: Tensor, state: Tensor
-) -> None:
+def select(x: Tensor, reduction: Selection, axes: Sequence[Axis], y: Tensor, state: Tensor) -> None:
     """Winners of windows that `serve` admits: along the last axis first, so that equals go to the
     first in row-major order."""
     save = bool(state.numel())
@@ -261,15 +261,15 @@ def _share(reduction: Accumulation, last: bool) -> Accumulation:
 def _scan_sums(
     x: Tensor, y: Tensor, reduction: Accumulation, axis: Axis, dtype: torch.dtype, adjoint: bool
 ) -> None:
-    fixed = isinstance(reduction, Mean) and reduction.divisor is not None
+    divisor = reduction.divisor if isinstance(reduction, Mean) else None
     _scan(
         x, y, axis, JOIN=_sum, CHOOSE=_first_largest, NEUTRAL=0.0,
-        MEAN=isinstance(reduction, Mean) and not fixed, ADJOINT=adjoint,
+        MEAN=isinstance(reduction, Mean) and divisor is None, ADJOINT=adjoint,
         PADDED=isinstance(reduction, Mean) and reduction.count_include_pad,
         WIDE=geometry.compute(dtype),
     )  # fmt: skip
-    if fixed:
-        y.div_(reduction.divisor)
+    if divisor is not None:
+        y.div_(divisor)
 
 
 def accumulate(x: Tensor, reduction: Accumulation, axes: Sequence[Axis], y: Tensor) -> None:

@@ -32,7 +32,6 @@ from torchpool.kernels.gpu.geometry import (
     unpack_sizes,
     windows_of,
 )
-
 from torchpool.reductions import Selection
 
 ELEMENTS = 1024
@@ -260,8 +259,8 @@ def backward_kernel(
     UNROLL: tl.constexpr, CARRY: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Lanes are groups of GROUP neighbouring inputs of a row (0: single inputs whose windows are
-    searched), each the sum of what the outputs that chose it send. With CARRY the state holds, below
-    the tap times CARRY, offsets that go to `rest` where the input was chosen."""
+    searched), each the sum of what the outputs that chose it send. With CARRY the state holds,
+    below the tap times CARRY, offsets that go to `rest` where the input was chosen."""
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     SIDE: tl.constexpr = GROUP if GROUP > 0 else 1
@@ -399,9 +398,10 @@ def compared(dtype: torch.dtype, keyed: bool) -> Any:
 
 
 def _common(x: Tensor, reduction: Selection, save: bool) -> dict[str, Any]:
-    keyed = type(reduction).key is not Selection.key
+    kind: Any = type(reduction)
+    keyed = kind.key is not Selection.key
     return {
-        "KEY": formula(type(reduction), "key"),
+        "KEY": formula(kind, "key"),
         "LARGEST": reduction.largest,
         "WORST": worst(x.dtype, reduction.largest),
         "FLOAT": x.dtype.is_floating_point,
