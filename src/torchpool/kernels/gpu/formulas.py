@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import linecache
+import textwrap
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import triton
@@ -71,6 +76,26 @@ def formula(kind: Any, name: str) -> Any:
     return reductions.rebind(getattr(kind, name), _TRITON, _jit)
 
 
+_numbers = count()
+
+
 def _jit(function: Any) -> Any:
-    function.__globals__["tl"] = tl  # Triton's interpreter asks for it in every function
-    return triton.jit(function)
+    """Compiles a plain function with Triton, which reads its source: of that only what Triton knows
+    is kept (no annotations, decorators or descriptions); numbers of its module are constants."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list, definition.returns = [], None
+    for argument in definition.args.args:
+        argument.annotation = None
+    if ast.get_docstring(definition) is not None:
+        definition.body = definition.body[1:]
+    text = ast.unparse(definition) + "\n"
+    file = f"<torchpool {function.__qualname__} {next(_numbers)}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(True), file)
+    scope = {
+        name: tl.constexpr(value) if isinstance(value, (int, float)) else value
+        for name, value in function.__globals__.items()
+    }
+    scope["tl"] = tl  # Triton's interpreter asks for it in every function
+    exec(compile(text, file, "exec"), scope)
+    return triton.jit(scope[definition.name])
