@@ -37,7 +37,7 @@ from torchpool.kernels.gpu.geometry import (
 from torchpool.reductions import Accumulation, Mean, Sum
 
 ELEMENTS = 1024
-"""Elements that a program of four warps holds at a time."""
+"""Elements that a program of four warps writes."""
 FEW = 32
 """Windows up to this size are unrolled."""
 UNROLLED_COVERS = 16
@@ -100,13 +100,23 @@ def _count(
     starts, stops, kernels, W: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Elements of windows inside the input, or inside the padded extent."""
-    number = 1
-    for d in tl.static_range(5):
-        if PADDED:
-            number = number * count_padded(starts[d], stops[d], kernels[d], W[d])
-        else:
-            number = number * count_inside(starts[d], stops[d], kernels[d], W[d])
-    return number
+    A0: tl.constexpr = W[0]
+    A1: tl.constexpr = W[1]
+    A2: tl.constexpr = W[2]
+    A3: tl.constexpr = W[3]
+    A4: tl.constexpr = W[4]
+    if PADDED:
+        number = count_padded(starts[0], stops[0], kernels[0], A0)
+        number = number * count_padded(starts[1], stops[1], kernels[1], A1)
+        number = number * count_padded(starts[2], stops[2], kernels[2], A2)
+        number = number * count_padded(starts[3], stops[3], kernels[3], A3)
+        return number * count_padded(starts[4], stops[4], kernels[4], A4)
+    else:
+        number = count_inside(starts[0], stops[0], kernels[0], A0)
+        number = number * count_inside(starts[1], stops[1], kernels[1], A1)
+        number = number * count_inside(starts[2], stops[2], kernels[2], A2)
+        number = number * count_inside(starts[3], stops[3], kernels[3], A3)
+        return number * count_inside(starts[4], stops[4], kernels[4], A4)
 
 
 @triton.jit
@@ -180,13 +190,15 @@ def few_kernel(
     BY_PARAMETER: tl.constexpr, READ: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Lanes are outputs. BY_PARAMETER: writes the parts of dL/dp instead of the values."""
-    i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
-    o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     A0: tl.constexpr = W[0]
     A1: tl.constexpr = W[1]
     A2: tl.constexpr = W[2]
     A3: tl.constexpr = W[3]
     A4: tl.constexpr = W[4]
+    i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
+    o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
+    K4: tl.constexpr = A4[0]
+    ODD: tl.constexpr = A4[3] % 2
     R: tl.constexpr = T[0] * T[1]
     C: tl.constexpr = T[2]
     plane, a0, a1, a2, a3, a4, first = own(planes, o0, o1, o2, o3, o4, T)
@@ -230,7 +242,7 @@ def few_kernel(
             row = (((p0 * i1 + p1) * i2 + p2) * i3 + p3) * i4
             if PAIRS:
                 twice = first * 2 + tl.arange(0, 2 * C)[None, :]
-                for j in tl.static_range(-(A4[3] % 2), A4[0], 2):  # even addresses
+                for j in tl.static_range(-ODD, K4, 2):  # even addresses
                     at = twice + (j - A4[3])
                     inside = here & (twice < 2 * o4)
                     if j < A4[4]:
@@ -258,7 +270,7 @@ def few_kernel(
                                     TERMS, EXACT, WIDE,
                                 )  # fmt: skip
             else:
-                for j in tl.static_range(A4[0]):
+                for j in tl.static_range(K4):
                     p4 = f4 + j * A4[2]
                     valid = here & (a4 < o4) & tap_inside(p4, e4, j, A4)
                     v, w, valid = _tap(
@@ -425,12 +437,16 @@ def backward_kernel(
     """Lanes are groups of GROUP neighbouring inputs of a row (0: single inputs whose windows are
     searched). The derivatives of the values are FACTOR where they are the same everywhere, 1 / n
     where CLOSED, else read from `saved`."""
+    A0: tl.constexpr = W[0]
+    A1: tl.constexpr = W[1]
+    A2: tl.constexpr = W[2]
+    A3: tl.constexpr = W[3]
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     SIDE: tl.constexpr = GROUP if GROUP > 0 else 1
     R: tl.constexpr = T[0] * T[1]
     C: tl.constexpr = T[2]
-    ROWS: tl.constexpr = W[0][8] * W[1][8] * W[2][8] * W[3][8]
+    ROWS: tl.constexpr = A0[8] * A1[8] * A2[8] * A3[8]
     plane, a0, a1, a2, a3, a4, first = own(planes, i0, i1, i2, i3, tl.cdiv(i4, SIDE), T)
     live = (plane < planes) & (a3 < i3)
     at = plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4) + (((a0 * i1 + a1) * i2 + a2) * i3 + a3) * i4
@@ -448,10 +464,10 @@ def backward_kernel(
     values = _sides(value, SIDE, R, C)
     received = _nothing(SIDE, R, C, WIDE)
     weighing = _nothing(SIDE, R, C, WIDE)
-    h0 = last_cover(a0, i0, o0, W[0])
-    h1 = last_cover(a1, i1, o1, W[1])
-    h2 = last_cover(a2, i2, o2, W[2])
-    h3 = last_cover(a3, i3, o3, W[3])
+    h0 = last_cover(a0, i0, o0, A0)
+    h1 = last_cover(a1, i1, o1, A1)
+    h2 = last_cover(a2, i2, o2, A2)
+    h3 = last_cover(a3, i3, o3, A3)
     if UNROLL:
         for m in tl.static_range(ROWS):
             received, weighing = _from_row(
@@ -524,44 +540,48 @@ def _from_row(
     TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What the m-th row of outputs that may see a row of inputs sends to it."""
+    A0: tl.constexpr = W[0]
+    A1: tl.constexpr = W[1]
+    A2: tl.constexpr = W[2]
+    A3: tl.constexpr = W[3]
+    A4: tl.constexpr = W[4]
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
-    A: tl.constexpr = W[4]
-    b0 = h0 - m // (W[1][8] * W[2][8] * W[3][8])
-    b1 = h1 - m // (W[2][8] * W[3][8]) % W[1][8]
-    b2 = h2 - m // W[3][8] % W[2][8]
-    b3 = h3 - m % W[3][8]
-    t0, in0 = cover(a0, b0, i0, o0, kernels[0], W[0])
-    t1, in1 = cover(a1, b1, i1, o1, kernels[1], W[1])
-    t2, in2 = cover(a2, b2, i2, o2, kernels[2], W[2])
-    t3, in3 = cover(a3, b3, i3, o3, kernels[3], W[3])
+    b0 = h0 - m // (A1[8] * A2[8] * A3[8])
+    b1 = h1 - m // (A2[8] * A3[8]) % A1[8]
+    b2 = h2 - m // A3[8] % A2[8]
+    b3 = h3 - m % A3[8]
+    t0, in0 = cover(a0, b0, i0, o0, kernels[0], A0)
+    t1, in1 = cover(a1, b1, i1, o1, kernels[1], A1)
+    t2, in2 = cover(a2, b2, i2, o2, kernels[2], A2)
+    t3, in3 = cover(a3, b3, i3, o3, kernels[3], A3)
     sent = live & in0 & in1 & in2 & in3
     at = base + (((b0 * o1 + b1) * o2 + b2) * o3 + b3) * o4
     rows = _row_count(b0, b1, b2, b3, ins, outs, kernels, IN, OUT, W, PADDED)
     if GROUP > 0:
         # The outputs at distance d from group q see its r-th input through tap
         # r + before - d * stride.
-        FROM: tl.constexpr = -((A[0] - 1 - A[3]) // GROUP)
-        TO: tl.constexpr = (GROUP - 1 + A[3]) // GROUP
+        FROM: tl.constexpr = -((A4[0] - 1 - A4[3]) // GROUP)
+        TO: tl.constexpr = (GROUP - 1 + A4[3]) // GROUP
         for d in tl.static_range(FROM, TO + 1):
             b4 = a4 + d
             valid = sent & (b4 < o4) & (b4 >= 0) if d < 0 else sent & (b4 < o4)
             for r in tl.static_range(GROUP):
-                if r + A[3] - d * GROUP >= 0 and r + A[3] - d * GROUP < A[0]:
+                if r + A4[3] - d * GROUP >= 0 and r + A4[3] - d * GROUP < A4[0]:
                     gx, gw = _from_output(
                         grad, saved, at + b4, outputs, valid, rows, b4, i4, o4, kernels[4],
-                        values[r], p, A, TERMS, SLOPES, FACTOR, CLOSED, LINEAR, ANCHOR, SUMS,
+                        values[r], p, A4, TERMS, SLOPES, FACTOR, CLOSED, LINEAR, ANCHOR, SUMS,
                         PADDED, TO_X, TO_WEIGHTS, WIDE,
                     )  # fmt: skip
                     received = _added(received, gx, r)
                     weighing = _added(weighing, gw, r)
     else:
-        h4 = last_cover(a4, i4, o4, A)
-        for m4 in range(A[8]):
-            tap, inside = cover(a4, h4 - m4, i4, o4, kernels[4], A)
+        h4 = last_cover(a4, i4, o4, A4)
+        for m4 in range(A4[8]):
+            tap, inside = cover(a4, h4 - m4, i4, o4, kernels[4], A4)
             gx, gw = _from_output(
                 grad, saved, at + h4 - m4, outputs, sent & inside & (a4 < i4), rows, h4 - m4, i4,
-                o4, kernels[4], values[0], p, A, TERMS, SLOPES, FACTOR, CLOSED, LINEAR, ANCHOR,
+                o4, kernels[4], values[0], p, A4, TERMS, SLOPES, FACTOR, CLOSED, LINEAR, ANCHOR,
                 SUMS, PADDED, TO_X, TO_WEIGHTS, WIDE,
             )  # fmt: skip
             received = _added(received, gx, 0)
@@ -585,10 +605,14 @@ def _row_count(
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Elements of windows along all axes but the last."""
-    number = _axis_count(b0, ins[0], outs[0], kernels[0], W[0], PADDED)
-    number = number * _axis_count(b1, ins[1], outs[1], kernels[1], W[1], PADDED)
-    number = number * _axis_count(b2, ins[2], outs[2], kernels[2], W[2], PADDED)
-    return number * _axis_count(b3, ins[3], outs[3], kernels[3], W[3], PADDED)
+    A0: tl.constexpr = W[0]
+    A1: tl.constexpr = W[1]
+    A2: tl.constexpr = W[2]
+    A3: tl.constexpr = W[3]
+    number = _axis_count(b0, ins[0], outs[0], kernels[0], A0, PADDED)
+    number = number * _axis_count(b1, ins[1], outs[1], kernels[1], A1, PADDED)
+    number = number * _axis_count(b2, ins[2], outs[2], kernels[2], A2, PADDED)
+    return number * _axis_count(b3, ins[3], outs[3], kernels[3], A3, PADDED)
 
 
 @triton.jit
@@ -725,7 +749,7 @@ def forward(problem: Problem, y: Tensor, saved: Tensor | None, grad: Tensor | No
     arguments = (y if x is None else x, y, *tensors)
     steps = (geometry.mask_strides(mask, seen), geometry.mask_strides(weights, seen))
     if uses_few(seen):
-        owned = few_tile(seen)
+        owned = few_tile(problem)
         launching.launch(
             few_kernel, geometry.programs(seen.planes, seen.outs, owned), y,
             *arguments, seen.planes, outputs, seen.channels, ins, outs, *steps,
@@ -746,9 +770,10 @@ def uses_few(seen: View) -> bool:
     return seen.taps <= FEW
 
 
-def few_tile(seen: View) -> geometry.Tile:
-    """The outputs that a program of `few_kernel` owns."""
-    return geometry.tile(seen.planes, *seen.outs[-2:], ELEMENTS // 2)
+def few_tile(problem: Problem) -> geometry.Tile:
+    """The outputs that a program of `few_kernel` owns: fewer where formulas need registers."""
+    elements = ELEMENTS if problem.reduction.linear else ELEMENTS // 2
+    return geometry.tile(problem.seen.planes, *problem.seen.outs[-2:], elements)
 
 
 def backward(
@@ -789,11 +814,11 @@ def by_parameter(problem: Problem, grad: Tensor) -> Tensor:
     if not uses_few(seen):
         shape: tuple[int, ...] = (seen.planes, math.prod(seen.outs[:-1]), columns)
     elif seen.channels_last:
-        owned = few_tile(seen)
+        owned = few_tile(problem)
         rows = geometry.programs(seen.planes, seen.outs, owned) // -(-columns // owned.columns)
         shape = (rows, 1, columns)
     else:
-        blocks = -(-columns // few_tile(seen).columns)
+        blocks = -(-columns // few_tile(problem).columns)
         shape = (seen.planes, math.prod(seen.outs[:-1]), blocks)
     parts = torch.empty(shape, dtype=problem.compute, device=grad.device)
     forward(problem, parts, None, grad)

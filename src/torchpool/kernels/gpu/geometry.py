@@ -387,6 +387,11 @@ def cover(i, o, size, outs, kernel, A: tl.constexpr):
 @triton.jit
 def windows_of(lane, ins, outs, IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr):
     """The windows of flat outputs: their planes, and first positions and ends along the axes."""
+    A0: tl.constexpr = W[0]
+    A1: tl.constexpr = W[1]
+    A2: tl.constexpr = W[2]
+    A3: tl.constexpr = W[3]
+    A4: tl.constexpr = W[4]
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     a4 = (lane % o4).to(tl.int32)
@@ -400,18 +405,18 @@ def windows_of(lane, ins, outs, IN: tl.constexpr, OUT: tl.constexpr, W: tl.const
     a0 = (rest % o0).to(tl.int32)
     plane = (rest // o0).to(tl.int32)
     starts = (
-        start_of(a0, i0, o0, W[0]),
-        start_of(a1, i1, o1, W[1]),
-        start_of(a2, i2, o2, W[2]),
-        start_of(a3, i3, o3, W[3]),
-        start_of(a4, i4, o4, W[4]),
+        start_of(a0, i0, o0, A0),
+        start_of(a1, i1, o1, A1),
+        start_of(a2, i2, o2, A2),
+        start_of(a3, i3, o3, A3),
+        start_of(a4, i4, o4, A4),
     )
     stops = (
-        stop_of(a0, i0, o0, W[0]),
-        stop_of(a1, i1, o1, W[1]),
-        stop_of(a2, i2, o2, W[2]),
-        stop_of(a3, i3, o3, W[3]),
-        stop_of(a4, i4, o4, W[4]),
+        stop_of(a0, i0, o0, A0),
+        stop_of(a1, i1, o1, A1),
+        stop_of(a2, i2, o2, A2),
+        stop_of(a3, i3, o3, A3),
+        stop_of(a4, i4, o4, A4),
     )
     return plane, starts, stops
 
@@ -419,24 +424,29 @@ def windows_of(lane, ins, outs, IN: tl.constexpr, OUT: tl.constexpr, W: tl.const
 @triton.jit
 def taps_of(t, starts, stops, ins, kernels, IN: tl.constexpr, W: tl.constexpr):
     """Positions of taps t of windows, and whether they stand inside."""
+    A0: tl.constexpr = W[0]
+    A1: tl.constexpr = W[1]
+    A2: tl.constexpr = W[2]
+    A3: tl.constexpr = W[3]
+    A4: tl.constexpr = W[4]
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     k0, k1, k2, k3, k4 = kernels[0], kernels[1], kernels[2], kernels[3], kernels[4]
-    p4 = starts[4] + t % k4 * W[4][2]
+    p4 = starts[4] + t % k4 * A4[2]
     rest = t // k4
-    p3 = starts[3] + rest % k3 * W[3][2]
+    p3 = starts[3] + rest % k3 * A3[2]
     rest = rest // k3
-    p2 = starts[2] + rest % k2 * W[2][2]
+    p2 = starts[2] + rest % k2 * A2[2]
     rest = rest // k2
-    p1 = starts[1] + rest % k1 * W[1][2]
+    p1 = starts[1] + rest % k1 * A1[2]
     rest = rest // k1
-    p0 = starts[0] + rest * W[0][2]
+    p0 = starts[0] + rest * A0[2]
     inside = (
         (rest < k0)
-        & any_inside(p0, stops[0], W[0])
-        & any_inside(p1, stops[1], W[1])
-        & any_inside(p2, stops[2], W[2])
-        & any_inside(p3, stops[3], W[3])
-        & any_inside(p4, stops[4], W[4])
+        & any_inside(p0, stops[0], A0)
+        & any_inside(p1, stops[1], A1)
+        & any_inside(p2, stops[2], A2)
+        & any_inside(p3, stops[3], A3)
+        & any_inside(p4, stops[4], A4)
     )
     return (((p0 * i1 + p1) * i2 + p2) * i3 + p3) * i4 + p4, inside, (p0, p1, p2, p3, p4)
 

@@ -62,7 +62,7 @@ def _first_smallest(v, i, w, j):
 @triton.jit
 def scan_kernel(
     x, y, state, carried, columns, inner, size, outs, kernel, stride, before, after,
-    BK: tl.constexpr, BC: tl.constexpr, JOIN: tl.constexpr, CHOOSE: tl.constexpr,
+    BK: tl.constexpr, BC: tl.constexpr, KIND: tl.constexpr,
     NEUTRAL: tl.constexpr, SAVE: tl.constexpr, SCALE: tl.constexpr, CARRY: tl.constexpr,
     MEAN: tl.constexpr, ADJOINT: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -96,13 +96,23 @@ def scan_kernel(
             place_b += tl.load(bring + beyond * inner, mask=in_beyond, other=0).to(tl.int32)
         place_a = tl.where(in_ahead, place_a, 2147483647)
         place_b = tl.where(in_beyond, place_b, 2147483647)
-        a, place_a = tl.associative_scan((a, place_a), 0, CHOOSE, reverse=True)
-        b, place_b = tl.associative_scan((b, place_b), 0, CHOOSE)
-        value, place = CHOOSE(a, place_a, b, place_b)
+        if KIND == "max":
+            a, place_a = tl.associative_scan((a, place_a), 0, _first_largest, reverse=True)
+            b, place_b = tl.associative_scan((b, place_b), 0, _first_largest)
+            value, place = _first_largest(a, place_a, b, place_b)
+        else:
+            a, place_a = tl.associative_scan((a, place_a), 0, _first_smallest, reverse=True)
+            b, place_b = tl.associative_scan((b, place_b), 0, _first_smallest)
+            value, place = _first_smallest(a, place_a, b, place_b)
+    elif KIND == "max":
+        a = tl.associative_scan(a, 0, _larger, reverse=True)
+        value = _larger(a, tl.associative_scan(b, 0, _larger))
+    elif KIND == "min":
+        a = tl.associative_scan(a, 0, _smaller, reverse=True)
+        value = _smaller(a, tl.associative_scan(b, 0, _smaller))
     else:
-        a = tl.associative_scan(a, 0, JOIN, reverse=True)
-        b = tl.associative_scan(b, 0, JOIN)
-        value = JOIN(a, b)
+        a = tl.associative_scan(a, 0, _sum, reverse=True)
+        value = a + tl.associative_scan(b, 0, _sum)
     start = block * kernel + i
     o = start // stride
     if MEAN and not ADJOINT:
@@ -216,8 +226,7 @@ def select(x: Tensor, reduction: Selection, axes: Sequence[Axis], y: Tensor, sta
             _scan(
                 source, result, axis, offsets if save else None, below, scale, MEAN=False,
                 ADJOINT=False, PADDED=False,
-                JOIN=_larger if reduction.largest else _smaller,
-                CHOOSE=_first_largest if reduction.largest else _first_smallest,
+                KIND="max" if reduction.largest else "min",
                 NEUTRAL=selection.worst(x.dtype, reduction.largest),
                 WIDE=selection.compared(x.dtype, False),
             )  # fmt: skip
@@ -263,7 +272,7 @@ def _scan_sums(
 ) -> None:
     divisor = reduction.divisor if isinstance(reduction, Mean) else None
     _scan(
-        x, y, axis, JOIN=_sum, CHOOSE=_first_largest, NEUTRAL=0.0,
+        x, y, axis, KIND="sum", NEUTRAL=0.0,
         MEAN=isinstance(reduction, Mean) and divisor is None, ADJOINT=adjoint,
         PADDED=isinstance(reduction, Mean) and reduction.count_include_pad,
         WIDE=geometry.compute(dtype),

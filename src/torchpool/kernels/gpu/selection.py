@@ -35,7 +35,7 @@ from torchpool.kernels.gpu.geometry import (
 from torchpool.reductions import Selection
 
 ELEMENTS = 1024
-"""Elements that a program of four warps holds at a time."""
+"""Elements that a program of four warps writes."""
 FEW = 32
 """Windows up to this size are unrolled."""
 UNROLLED_COVERS = 16
@@ -63,10 +63,13 @@ def extreme(v, w, LARGEST: tl.constexpr):
 def _meet(
     v, valid, code, best, key, offset, found,
     KEY: tl.constexpr, LARGEST: tl.constexpr, FLOAT: tl.constexpr, SAVE: tl.constexpr,
-    TRACK: tl.constexpr,
+    TRACK: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One more tap: the value, key and offset of the winner so far."""
-    if TRACK:
+    """One more tap: the value, key and offset of the winner so far. FIRST: there is none yet, and
+    the offset is that of the first tap inside."""
+    if FIRST and not TRACK:
+        best = v
+    elif TRACK:
         k = KEY(v)
         take = valid & ((found == 0) | better(k, key, LARGEST, FLOAT))
         best = tl.where(take, v, best)
@@ -93,13 +96,17 @@ def few_kernel(
     """Lanes are outputs. With CARRY every tap brings an offset of its own (`carried`, of x's
     shape), to which the tap is added CARRY times. TRACK remembers whether a tap took part; without
     it, taps outside the input hold the worst value."""
-    i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
-    o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     A0: tl.constexpr = W[0]
     A1: tl.constexpr = W[1]
     A2: tl.constexpr = W[2]
     A3: tl.constexpr = W[3]
     A4: tl.constexpr = W[4]
+    i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
+    o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
+    K4: tl.constexpr = A4[0]
+    ODD: tl.constexpr = A4[3] % 2
+    R: tl.constexpr = T[0] * T[1]
+    C: tl.constexpr = T[2]
     plane, a0, a1, a2, a3, a4, first = own(planes, o0, o1, o2, o3, o4, T)
     live = (plane < planes) & (a3 < o3)
     source = x + plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4)
@@ -113,10 +120,10 @@ def few_kernel(
     f2, e2 = start_of(a2, i2, o2, A2), stop_of(a2, i2, o2, A2)
     f3, e3 = start_of(a3, i3, o3, A3), stop_of(a3, i3, o3, A3)
     f4, e4 = start_of(a4, i4, o4, A4), stop_of(a4, i4, o4, A4)
-    best = tl.full([T[0] * T[1], T[2]], WORST, WIDE)
+    best = tl.full([R, C], WORST, WIDE)
     key = best
-    found = tl.zeros([T[0] * T[1], T[2]], tl.int1)
-    offset = tl.zeros([T[0] * T[1], T[2]], tl.int32)
+    found = tl.zeros([R, C], tl.int1)
+    offset = tl.zeros([R, C], tl.int32)
     if SAVE and not TRACK:  # a window of the worst value has the offset of its first element
         offset += (
             ((first_tap(f0, A0) * A1[0] + first_tap(f1, A1)) * A2[0] + first_tap(f2, A2)) * A3[0]
@@ -137,8 +144,8 @@ def few_kernel(
         )
         row = (((p0 * i1 + p1) * i2 + p2) * i3 + p3) * i4
         if PAIRS:
-            twice = first * 2 + tl.arange(0, 2 * T[2])[None, :]
-            for j in tl.static_range(-(A4[3] % 2), A4[0], 2):  # even addresses
+            twice = first * 2 + tl.arange(0, 2 * C)[None, :]
+            for j in tl.static_range(-ODD, K4, 2):  # even addresses
                 at = twice + (j - A4[3])
                 inside = here & (twice < 2 * o4)
                 if j < A4[4]:
@@ -146,19 +153,19 @@ def few_kernel(
                 if j + 1 >= A4[5]:
                     inside = inside & (at < i4)
                 both = tl.load(source + row + at, mask=inside, other=WORST).to(WIDE)
-                even, odd = tl.split(tl.reshape(both, [T[0] * T[1], T[2], 2]))
+                even, odd = tl.split(tl.reshape(both, [R, C, 2]))
                 if j >= 0:
                     best, key, offset, found = _meet(
                         even, True, t * A4[0] + j, best, key, offset, found,
-                        KEY, LARGEST, FLOAT, SAVE, TRACK,
+                        KEY, LARGEST, FLOAT, SAVE, TRACK, t + j == 0,
                     )  # fmt: skip
                 if j + 1 < A4[0]:
                     best, key, offset, found = _meet(
                         odd, True, t * A4[0] + j + 1, best, key, offset, found,
-                        KEY, LARGEST, FLOAT, SAVE, TRACK,
+                        KEY, LARGEST, FLOAT, SAVE, TRACK, t + j + 1 == 0,
                     )  # fmt: skip
         else:
-            for j in tl.static_range(A4[0]):
+            for j in tl.static_range(K4):
                 p4 = f4 + j * A4[2]
                 valid = here & (a4 < o4) & tap_inside(p4, e4, j, A4)
                 if MASKED:
@@ -172,7 +179,7 @@ def few_kernel(
                     )
                 best, key, offset, found = _meet(
                     v, valid, code, best, key, offset, found,
-                    KEY, LARGEST, FLOAT, SAVE, TRACK,
+                    KEY, LARGEST, FLOAT, SAVE, TRACK, t + j == 0,
                 )  # fmt: skip
     if not REGULAR and not TRACK:
         number = count_inside(f0, e0, A0[0], A0) * count_inside(f1, e1, A1[0], A1)
@@ -261,6 +268,11 @@ def backward_kernel(
     """Lanes are groups of GROUP neighbouring inputs of a row (0: single inputs whose windows are
     searched), each the sum of what the outputs that chose it send. With CARRY the state holds,
     below the tap times CARRY, offsets that go to `rest` where the input was chosen."""
+    A0: tl.constexpr = W[0]
+    A1: tl.constexpr = W[1]
+    A2: tl.constexpr = W[2]
+    A3: tl.constexpr = W[3]
+    A4: tl.constexpr = W[4]
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     SIDE: tl.constexpr = GROUP if GROUP > 0 else 1
@@ -269,17 +281,17 @@ def backward_kernel(
     plane, a0, a1, a2, a3, a4, first = own(planes, i0, i1, i2, i3, tl.cdiv(i4, SIDE), T)
     live = (plane < planes) & (a3 < i3)
     base = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4)
-    M0: tl.constexpr = W[0][8]
-    M1: tl.constexpr = W[1][8]
-    M2: tl.constexpr = W[2][8]
-    M3: tl.constexpr = W[3][8]
+    M0: tl.constexpr = A0[8]
+    M1: tl.constexpr = A1[8]
+    M2: tl.constexpr = A2[8]
+    M3: tl.constexpr = A3[8]
     total = tl.zeros([R, C], WIDE)
     other = tl.zeros([R, C], WIDE)
     left = tl.zeros([R, C], tl.int32)
-    h0 = last_cover(a0, i0, o0, W[0])
-    h1 = last_cover(a1, i1, o1, W[1])
-    h2 = last_cover(a2, i2, o2, W[2])
-    h3 = last_cover(a3, i3, o3, W[3])
+    h0 = last_cover(a0, i0, o0, A0)
+    h1 = last_cover(a1, i1, o1, A1)
+    h2 = last_cover(a2, i2, o2, A2)
+    h3 = last_cover(a3, i3, o3, A3)
     if UNROLL:
         for m in tl.static_range(M0 * M1 * M2 * M3):
             row, code, sent = _sender(
@@ -287,7 +299,7 @@ def backward_kernel(
             )
             total, other, left = _receive(
                 grad + base + row * o4, state + base + row * o4, code * kernels[4], live & sent,
-                a4, i4, o4, kernels[4], total, other, left, W[4], GROUP, CARRY, WIDE,
+                a4, i4, o4, kernels[4], total, other, left, A4, GROUP, CARRY, WIDE,
             )  # fmt: skip
     else:
         for m in range(M0 * M1 * M2 * M3):
@@ -296,7 +308,7 @@ def backward_kernel(
             )
             total, other, left = _receive(
                 grad + base + row * o4, state + base + row * o4, code * kernels[4], live & sent,
-                a4, i4, o4, kernels[4], total, other, left, W[4], GROUP, CARRY, WIDE,
+                a4, i4, o4, kernels[4], total, other, left, A4, GROUP, CARRY, WIDE,
             )  # fmt: skip
     at = plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4) + (((a0 * i1 + a1) * i2 + a2) * i3 + a3) * i4
     if SIDE == 2:
@@ -318,16 +330,20 @@ def _sender(
 ):  # fmt: skip
     """The m-th row of outputs that may see a row of inputs: its number in the plane, the offset in
     the window of the rows' taps, and whether it does see it."""
+    A0: tl.constexpr = W[0]
+    A1: tl.constexpr = W[1]
+    A2: tl.constexpr = W[2]
+    A3: tl.constexpr = W[3]
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
-    b0 = h0 - m // (W[1][8] * W[2][8] * W[3][8])
-    b1 = h1 - m // (W[2][8] * W[3][8]) % W[1][8]
-    b2 = h2 - m // W[3][8] % W[2][8]
-    b3 = h3 - m % W[3][8]
-    t0, in0 = cover(a0, b0, i0, o0, kernels[0], W[0])
-    t1, in1 = cover(a1, b1, i1, o1, kernels[1], W[1])
-    t2, in2 = cover(a2, b2, i2, o2, kernels[2], W[2])
-    t3, in3 = cover(a3, b3, i3, o3, kernels[3], W[3])
+    b0 = h0 - m // (A1[8] * A2[8] * A3[8])
+    b1 = h1 - m // (A2[8] * A3[8]) % A1[8]
+    b2 = h2 - m // A3[8] % A2[8]
+    b3 = h3 - m % A3[8]
+    t0, in0 = cover(a0, b0, i0, o0, kernels[0], A0)
+    t1, in1 = cover(a1, b1, i1, o1, kernels[1], A1)
+    t2, in2 = cover(a2, b2, i2, o2, kernels[2], A2)
+    t3, in3 = cover(a3, b3, i3, o3, kernels[3], A3)
     row = ((b0 * o1 + b1) * o2 + b2) * o3 + b3
     code = ((t0 * kernels[1] + t1) * kernels[2] + t2) * kernels[3] + t3
     return row, code, in0 & in1 & in2 & in3
@@ -416,8 +432,7 @@ def few(
 ) -> None:  # fmt: skip
     """Winners of small windows; with `carried` offsets in the winners' own windows are kept below
     the tap, which counts `scale`."""
-    pairs = seen.spans[-1].stride == 2
-    owned = geometry.tile(seen.planes, *seen.outs[-2:], ELEMENTS // (2 if pairs else 1))
+    owned = geometry.tile(seen.planes, *seen.outs[-2:], ELEMENTS)
     ins, in_width = geometry.sizes(seen.ins)
     outs, out_width = geometry.sizes(seen.outs)
     common = _common(x, reduction, bool(state.numel()))
