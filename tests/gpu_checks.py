@@ -1,137 +1,297 @@
-"""What `test_gpu.py` runs in a process of its own: every kernel against the oracle and the
-gradients of the reference."""
+"""What `test_gpu.py` runs in processes of its own: every Triton kernel against the oracle, and its
+gradients against those of the reference. Tensors that kernels shall fill hold NaN before."""
 
 from __future__ import annotations
 
-import os
+import itertools
 import sys
+from dataclasses import dataclass
 
+import numpy as np
 import oracle
 import torch
-from cases import GEOMETRIES, TOLERANCE, laid_out, numbers
+from cases import TOLERANCE, Geometry, _a, _w, laid_out, numbers
+from torch import Tensor
 
 import torchpool as tp
+from torchpool.kernels import gpu, layout, reference
+from torchpool.kernels.gpu import small
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [
-    g
-    for g in GEOMETRIES
-    if len(g.shape) <= 5 and g.name not in ("long window", "huge window", "1-D long")
+LAYOUTS = ("contiguous", "channels_last")
+USUAL = [
+    _w("2x2/2", (1, 2, 4, 6), 2, 2),
+    _w("3x3/2 p1", (1, 3, 5, 6), 3, 2, 1),
+    _w("3x3/1 p1", (1, 2, 3, 4), 3, 1, 1),
+    _w("ceil", (2, 1, 4, 7), 3, 2, 1, 1, True),
+    _w("dilated", (1, 2, 7, 6), (3, 2), (2, 1), 1, (2, 3)),
+    _w("only padding", (1, 2, 2, 3), 2, 1, (3, 4)),
+    _w("one-sided padding", (1, 2, 3, 4), 3, 2, ((2, 0), (0, 5))),
+    _w("gaps", (1, 2, 4, 13), 2, 5),
+    _w("1-D", (2, 3, 11), 4, 3, 1),
+    _w("3-D", (1, 2, 3, 3, 5), (1, 2, 3), (1, 2, 2), (0, 1, 1)),
+    _w("4-D", (1, 1, 2, 3, 2, 4), 2, (2, 1, 2, 2)),
+    _a("adaptive", (1, 2, 4, 7), 3, 4),
+    _a("adaptive upsampling", (1, 2, 2, 3), 3, 5),
 ]
-FEW = [
-    g for g in SHAPES if g.name in ("3x3/2 p1", "dilated", "adaptive", "1-D", "one-sided padding")
+LARGE = [  # lanes are taps
+    _a("global", (2, 3, 6, 7), 1, 1),
+    _a("adaptive large", (1, 2, 9, 14), 1, 2),
+    _w("long and dilated", (1, 1, 43), 35, 1, 0, 1),
 ]
-ACCUMULATIONS = [
-    tp.Sum(),
-    tp.Mean(),
-    tp.Mean(True),
-    tp.SoftmaxMean(1.5),
-    tp.SoftmaxMean(-2.0),
-    tp.LogMeanExp(2.0),
-    tp.PowerMean(3.0),
-    tp.Lp(3.0),
-    tp.Var(),
-    tp.Std(),
+APART = [  # an axis at a time
+    _w("6x7/1", (1, 2, 4, 5), (6, 7), 1, 3),
+    _w("scanned", (1, 2, 23), 17, 1, 8),
+    _w("scanned, strided", (1, 2, 40), 33, 3, 16),
+    _w("scanned, one-sided", (1, 1, 2, 20), (2, 18), 1, ((1, 0), (17, 0))),
+    _w("4x4x4/1", (1, 1, 2, 3, 3), 4, 1, 2),
 ]
 
 
-def _gradients(x, y, p=None):
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape)
-    return torch.autograd.grad(y, [x] if p is None else [x, p], weights)
+@dataclass(frozen=True)
+class AbsMax(tp.Selection):
+    """The element of largest magnitude."""
+
+    def key(x):
+        return abs(x)
 
 
-def _with_reference(function):
-    os.environ["TORCHPOOL_BACKEND"] = "reference"
-    try:
-        return function()
-    finally:
-        os.environ["TORCHPOOL_BACKEND"] = "gpu"
+@dataclass(frozen=True)
+class HarmonicMean(tp.Accumulation):
+    """n / Σ 1/x."""
+
+    def lift(x, a, p):
+        return (1 / x,)
+
+    def lift_dx(x, a, p):
+        return (-1 / (x * x),)
+
+    def finish(s, n, a, p):
+        return n / s[0]
+
+    def finish_grad(s, n, a, p):
+        return (-n / (s[0] * s[0]),), 1 / s[0], 0.0
 
 
-def selection():
-    for geometry in SHAPES:
-        for reduction in (tp.Max(), tp.Min()):
-            for kind, layout in (("special", "contiguous"), ("ties", "channels_last")):
-                x = (
-                    laid_out(numbers(geometry.shape, 1, kind).float(), layout)
-                    .to(DEVICE)
-                    .requires_grad_()
-                )
-                y, i = tp.pool(x, reduction, geometry.windows, return_indices=True)
-                want, where = oracle.pool(
-                    x.detach().double().cpu().numpy(), geometry.taps, type(reduction).__name__
-                )
-                assert torch.equal(
-                    torch.nan_to_num(y.cpu().double(), nan=7.5),
-                    torch.nan_to_num(torch.from_numpy(want), nan=7.5),
-                ), geometry.name
-                assert torch.equal(i.cpu(), torch.from_numpy(where)), geometry.name
-                (got,) = _gradients(x, y)
-                (expected,) = _with_reference(
-                    lambda: _gradients(x, tp.pool(x, reduction, geometry.windows))
-                )
-                torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-                if geometry in FEW:
-                    assert got.is_contiguous() == x.is_contiguous()
+def poison() -> None:
+    """Makes every new tensor hold what no result has."""
+    new_empty, empty = Tensor.new_empty, torch.empty
+
+    def fill(t):
+        return t.fill_(float("nan") if t.dtype.is_floating_point else 77)
+
+    Tensor.new_empty = lambda *args, **options: fill(new_empty(*args, **options))  # type: ignore
+    torch.empty = lambda *args, **options: fill(empty(*args, **options))
 
 
-def accumulation():
-    for geometry in SHAPES:
-        for reduction in ACCUMULATIONS if geometry in FEW else ACCUMULATIONS[:4]:
-            x = numbers(geometry.shape, 2, "positive").to(DEVICE).requires_grad_()
-            y = tp.pool(x, reduction, geometry.windows)
-            expected = _with_reference(lambda: tp.pool(x, reduction, geometry.windows))
-            torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
-            if reduction != tp.Mean(True):
-                p = reduction.value or 0.0
-                want, _ = oracle.pool(
-                    x.detach().cpu().numpy(), geometry.taps, type(reduction).__name__, p
-                )
-                torch.testing.assert_close(
-                    y.detach().cpu(), torch.from_numpy(want), **TOLERANCE[torch.float64]
-                )
-            torch.testing.assert_close(
-                _gradients(x, y), _gradients(x, expected), rtol=1e-9, atol=1e-9
-            )
+def place(x: Tensor, form: str, dtype: torch.dtype | None = None) -> Tensor:
+    """x on the device, in one of the layouts."""
+    return layout.dense(laid_out(x.to(dtype or x.dtype), form).to(DEVICE))
 
 
-def parameters():
-    for geometry in FEW:
-        for reduction in (tp.SoftmaxMean(), tp.LogMeanExp(), tp.PowerMean(), tp.Lp()):
-            for per_channel in (False, True):
-                x = numbers(geometry.shape, 3, "positive").to(DEVICE).requires_grad_()
-                channels = geometry.shape[1]
-                p = torch.linspace(
-                    0.7, 2.1, channels if per_channel else 1, dtype=x.dtype, device=DEVICE
-                ).requires_grad_()
-                y = tp.pool(x, reduction.replace(p), geometry.windows)
-                expected = _with_reference(
-                    lambda: _gradients(x, tp.pool(x, reduction.replace(p), geometry.windows), p)
-                )
-                torch.testing.assert_close(_gradients(x, y, p), expected, rtol=1e-8, atol=1e-8)
+def winners(state: Tensor, geometry: Geometry) -> np.ndarray:
+    """Flat input positions of offsets, by the oracle's own windows."""
+    kernels = [max(map(len, taps)) for taps in geometry.taps]
+    flat = np.empty(state.shape, dtype=np.int64)
+    for at in np.ndindex(*state.shape):
+        taps = np.unravel_index(int(state[at]), kernels)
+        windows = zip(geometry.taps, at[2:], taps, strict=True)
+        position = [taps_of[o][tap] for taps_of, o, tap in windows]
+        inside = all(0 <= p < s for p, s in zip(position, geometry.shape[2:], strict=True))
+        flat[at] = np.ravel_multi_index(position, geometry.shape[2:]) if inside else -1
+    return flat
 
 
-def half():
-    for dtype in (torch.float16, torch.bfloat16):
-        for geometry in FEW:
-            for reduction in (tp.Max(), tp.Mean(), tp.SoftmaxMean(2.0)):
-                x = numbers(geometry.shape, 4).to(dtype).to(DEVICE).requires_grad_()
-                y = tp.pool(x, reduction, geometry.windows)
-                want, _ = oracle.pool(
-                    x.detach().double().cpu().numpy(),
-                    geometry.taps,
-                    type(reduction).__name__,
-                    reduction.value if hasattr(reduction, "beta") else 0.0,
-                )
-                torch.testing.assert_close(
-                    y.detach().double().cpu(), torch.from_numpy(want), **TOLERANCE[dtype]
-                )
-                expected = _with_reference(
-                    lambda: _gradients(x, tp.pool(x, reduction, geometry.windows))
-                )
-                torch.testing.assert_close(_gradients(x, y), expected, **TOLERANCE[dtype])
+def scattered(grad: Tensor, indices: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """What each input is sent."""
+    total = np.zeros((*shape[:2], int(np.prod(shape[2:]))))
+    for at in np.ndindex(*grad.shape):
+        if indices[at] >= 0:
+            total[at[0], at[1], indices[at]] += float(grad[at])
+    return torch.from_numpy(total.reshape(shape))
+
+
+def same(got: Tensor, want: np.ndarray | Tensor, dtype: torch.dtype = torch.float64) -> None:
+    want = torch.as_tensor(want).to(torch.float64)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(got.cpu().double(), want, equal_nan=True, **tolerance)
+
+
+def selects(geometry: Geometry, x: Tensor, reduction: tp.Selection, mask=None, better=None) -> None:
+    """Values with and without state, winners, gradients."""
+    axes = geometry.windows.axes(geometry.shape[2:])
+    name = "Min" if isinstance(reduction, tp.Min) else "Max"
+    known = None if mask is None else mask.cpu().numpy()
+    want, indices = oracle.pool(
+        x.cpu().double().numpy(), geometry.taps, name, mask=known, better=better
+    )
+    y, state = gpu.select(x, mask, None, reduction, axes, True)
+    same(y, want)
+    assert y.stride() == layout.empty_like(x, y.shape[2:]).stride()
+    found = np.where(indices < 0, -1, winners(state, geometry))
+    np.testing.assert_array_equal(found, indices)
+    same(gpu.select(x, mask, None, reduction, axes, False)[0], want)
+    if not x.dtype.is_floating_point:
+        return
+    grad = layout.to_layout(torch.randn(y.shape).to(y), layout.is_channels_last(state))
+    sent = gpu.select_backward(grad, state, None, axes)
+    if mask is not None:  # as autograd does
+        sent = sent.masked_fill(~mask, 0)
+    same(sent, scattered(grad, indices, geometry.shape), x.dtype)
+    assert torch.equal(gpu.select_backward(grad, state, None, axes), sent) or mask is not None
+
+
+def selection() -> None:
+    for geometry, form in itertools.product(USUAL, LAYOUTS):
+        kind = "special" if form == "contiguous" else "ties"
+        x = place(numbers(geometry.shape, 1, kind), form, torch.float32)
+        selects(geometry, x, tp.Max() if geometry.name != "3x3/2 p1" else tp.Min())
+
+
+def large() -> None:
+    for geometry, form in itertools.product(LARGE, LAYOUTS):
+        for kind in ("special", "ties"):
+            selects(geometry, place(numbers(geometry.shape, 1, kind), form), tp.Max())
+        x = place(numbers(geometry.shape, 2, "positive"), form)
+        for reduction in (tp.Mean(), tp.Lp(3.0), tp.Var()):
+            accumulates(geometry, x, reduction)
+    x = place(numbers(LARGE[1].shape, 3, "ties"), "contiguous")
+    mask = place(torch.rand(LARGE[1].shape) < 0.2, "contiguous")
+    selects(LARGE[1], x, tp.Min(), mask)
+    accumulates(LARGE[1], x.abs() + 0.1, tp.LogMeanExp(2.0), mask=mask, per_channel=True)
+
+
+def apart() -> None:
+    for geometry, form in zip(APART, itertools.cycle(LAYOUTS), strict=False):
+        x = place(numbers(geometry.shape, 1, "special"), form, torch.float32)
+        selects(geometry, x, tp.Max())
+        for reduction in (tp.Mean(True), tp.Mean(divisor=3.0)):
+            accumulates(geometry, place(numbers(geometry.shape, 2), form), reduction)
+
+
+def selection_of_everything() -> None:
+    """Masks, keys, dtypes."""
+    for geometry, form in itertools.product((USUAL[1], USUAL[11]), LAYOUTS):
+        x = place(numbers(geometry.shape, 4, "special"), form, torch.float32)
+        mask = place(torch.rand(geometry.shape) < 0.4, form)
+        selects(geometry, x, tp.Max(), mask)
+    sequence = _w("tokens", (2, 3, 5), 5, 5)
+    mask = (torch.arange(5) < torch.tensor([[[2]], [[0]]])).to(DEVICE).expand(2, 3, 5)
+    selects(sequence, place(numbers(sequence.shape, 5), "channels_last"), tp.Max(), mask)
+    x = place(numbers(USUAL[1].shape, 4, "ties"), "contiguous", torch.float32)
+    selects(USUAL[1], x, AbsMax(), better=lambda v, b: abs(v) > abs(b))
+    selects(LARGE[1], place(numbers(LARGE[1].shape), "contiguous"), AbsMax(), better=_larger)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        x = place(torch.randint(0, 5, USUAL[0].shape), "channels_last", dtype)
+        selects(USUAL[0], x, tp.Min() if dtype == torch.uint8 else tp.Max())
+    x = place(torch.rand(USUAL[0].shape) < 0.5, "contiguous")
+    selects(USUAL[0], x, tp.Max())
+    for dtype, form in ((torch.float16, "contiguous"), (torch.bfloat16, "channels_last")):
+        selects(USUAL[1], place(numbers(USUAL[1].shape, 6, "special"), form, dtype), tp.Max())
+        selects(LARGE[0], place(numbers(LARGE[0].shape, 6, "special"), form, dtype), tp.Max())
+
+
+def _larger(v, b):
+    return abs(v) > abs(b)
+
+
+def accumulates(
+    geometry: Geometry, x: Tensor, reduction, mask=None, weights=None, per_channel=False
+) -> None:
+    """Values against the oracle, gradients against the reference."""
+    axes = geometry.windows.axes(geometry.shape[2:])
+    params, p = None, 0.0
+    if reduction.parameter is not None:
+        p = reduction.value
+        params = torch.full((x.shape[1] if per_channel else 1,), float(p)).to(x).double()
+        if per_channel:
+            params *= torch.linspace(0.8, 1.3, x.shape[1]).to(params)
+        params = params.to(layout.compute_dtype(x.dtype))
+    case = (mask, weights, params, reduction, axes)
+    y, saved = gpu.accumulate(x, *case, True)
+    same(y, reference.accumulate(x.double(), *case, False)[0].cpu(), x.dtype)
+    known = [None if t is None else t.cpu().numpy() for t in (mask, weights)]
+    if type(reduction).__name__ in oracle.FORMULAS and "divisor" not in repr(reduction):
+        p = p if params is None else params.cpu().numpy()
+        want, _ = oracle.pool(
+            x.cpu().double().numpy(), geometry.taps, type(reduction).__name__, p, *known
+        )
+        same(y, want, x.dtype)
+    assert y.stride() == layout.empty_like(x, y.shape[2:]).stride()
+    grad = layout.to_layout(torch.randn(y.shape).to(y), layout.is_channels_last(x))
+    needs = [True, weights is not None, reduction.domain != -torch.inf]
+    keeps_x = not reduction.linear or weights is not None
+    args = (x if keeps_x else x.new_empty(0), mask, weights, params)
+    got = gpu.accumulate_backward(grad, *args, saved, reduction, axes, needs)
+    wide = (x.double(), mask, weights, None if params is None else params.double())
+    want = reference.accumulate_backward(
+        grad.double(), *wide, x.new_empty(0), reduction, axes, needs
+    )
+    for g, w, need in zip(got, want, needs, strict=True):
+        if need:
+            same(g, w.cpu(), x.dtype)
+    if keeps_x:
+        assert got[0].stride() == x.stride()
+
+
+def accumulation() -> None:
+    for geometry, form in zip(USUAL, itertools.cycle(LAYOUTS), strict=False):
+        x = place(numbers(geometry.shape, 2, "positive"), form)
+        accumulates(geometry, x, tp.Mean())
+        if len(geometry.shape) <= 4:
+            accumulates(geometry, x, tp.SoftmaxMean(1.5))
+    for geometry, form in ((USUAL[1], "contiguous"), (USUAL[11], "channels_last")):
+        x = place(numbers(geometry.shape, 2, "positive"), form)
+        for reduction in (
+            tp.Sum(),
+            tp.Mean(True),
+            tp.SoftmaxMean(-2.0),
+            tp.LogMeanExp(2.0),
+            tp.PowerMean(3.0),
+            tp.Lp(3.0),
+            tp.Var(),
+            tp.Std(1.0),
+            HarmonicMean(),
+        ):
+            accumulates(geometry, x, reduction, per_channel=True)
+
+
+def accumulation_of_everything() -> None:
+    """Masks, weights, dtypes, one parameter for all channels."""
+    for geometry, form in ((USUAL[1], "contiguous"), (USUAL[11], "channels_last")):
+        x = place(numbers(geometry.shape, 3, "positive"), form)
+        mask = place(torch.rand(geometry.shape) < 0.6, form)
+        weights = place(torch.rand(geometry.shape).double(), form) * mask
+        for reduction in (tp.Mean(), tp.SoftmaxMean(1.5), tp.Var()):
+            accumulates(geometry, x, reduction, mask=mask)
+            accumulates(geometry, x, reduction, weights=weights)
+    tokens = _w("tokens", (2, 3, 5), 5, 5)
+    x = place(numbers(tokens.shape, 3, "positive"), "channels_last")
+    shared = (torch.arange(5) < torch.tensor([[[2]], [[0]]])).to(DEVICE).expand(2, 3, 5)
+    accumulates(tokens, x, tp.Mean(), mask=shared)
+    accumulates(tokens, x, tp.Lp(2.5), weights=shared.double() * 0.5)
+    for dtype, form in ((torch.float16, "contiguous"), (torch.bfloat16, "channels_last")):
+        x = place(numbers(USUAL[1].shape, 6, "positive"), form, dtype)
+        for reduction in (tp.Mean(), tp.SoftmaxMean(2.0)):
+            accumulates(USUAL[1], x, reduction)
+
+
+def layers() -> None:
+    """Through the public function: autograd, double backward of what is linear, one parameter."""
+    x = numbers((2, 3, 5, 6), 7).to(DEVICE).requires_grad_()
+    p = torch.tensor(2.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = tp.pool(x, tp.Lp(p), tp.Window(3, 2, 1))
+    got = torch.autograd.grad(y.sum(), (x, p))
+    value, indices = tp.pool(x, tp.Max(), tp.Window(2), return_indices=True)
+    known = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
+    assert torch.equal(value, known[0])
+    assert torch.equal(indices, known[1])
+    assert all(g is not None and g.isfinite().all() for g in got)
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    poison()
+    small.BYTES = 0  # tiny inputs are checked, not handed to torch
+    with np.errstate(all="ignore"):
+        globals()[sys.argv[1]]()
     print("checked")

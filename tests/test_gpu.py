@@ -1,11 +1,13 @@
-"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter on CPU tensors.
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter on CPU tensors; and
+what the compiler makes of them for compute capability 9.0, which needs no GPU.
 
-The interpreter must be chosen before Triton is imported, so the checks run in a process of their
+The interpreter must be chosen before Triton is imported, so the checks run in processes of their
 own.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,19 +16,33 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchpool.reductions import Lp, Max, Mean
+from torchpool.windows import Adaptive, Window
+
 HERE = Path(__file__).parent
+GROUPS = (
+    "selection",
+    "selection_of_everything",
+    "accumulation",
+    "accumulation_of_everything",
+    "large",
+    "apart",
+    "layers",
+)
 
 
-def _check(group: str) -> None:
-    environment = {**os.environ, "TORCHPOOL_BACKEND": "gpu"}
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, str(HERE / "gpu_checks.py"), group]
+def _run(script: Path, *arguments: str, **environment: str) -> str:
+    command = [sys.executable, str(script), *arguments]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+        command,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "checked" in done.stdout
+    return done.stdout
 
 
 def test_a_gpu_is_there_where_it_is_required():
@@ -34,35 +50,53 @@ def test_a_gpu_is_there_where_it_is_required():
         assert torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("group", ["selection", "accumulation", "parameters", "half"])
-def test_triton_kernels(group):
-    _check(group)
+@pytest.mark.parametrize("group", GROUPS)
+def test_kernels(group):
+    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    assert "checked" in _run(HERE / "gpu_checks.py", group, TORCHPOOL_BACKEND="gpu", **interpret)
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from torchpool.kernels import gpu
-
-kernel = gpu.select_kernel
-names = kernel.arg_names
-fixed = {f"{k}{i}": v for k, v in dict(K=3, S=2, D=1, B=1).items() for i in range(3)}
-fixed |= {"LARGEST": True, "SAVE": True, "WIDE": gpu.tl.float32, "BLOCK": 256}
-for kind in ("fp32", "fp16"):
-    pointers = {"x": f"*{kind}", "y": f"*{kind}", "state": "*u8"}
-    signature = {n: pointers.get(n, "constexpr" if n in fixed else "i32") for n in names}
-    constants = {(names.index(n),): value for n, value in fixed.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert "ld.global" in made.asm["ptx"]
-    print(kind, "ok")
-"""
+def test_frequent_kernels_load_sixteen_bytes_and_spill_nothing(tmp_path):
+    table = tmp_path / "kernels.json"
+    benchmark = HERE.parent / "benchmarks" / "gpu.py"
+    _run(benchmark, "--compile-only", "--frequent", "--output", str(table))
+    rows = json.loads(table.read_text())["kernels"]
+    assert all(row["spilled_bytes"] == 0 for row in rows)
+    frequent = [row for row in rows if row["kernel"].startswith("selection")]
+    assert len({(row["windows"], row["dtype"], row["layout"]) for row in frequent}) == 16
+    assert {row["widest_load_bytes"] for row in frequent} == {16}
+    formulas = {row["windows"] for row in rows if row["kernel"] == "accumulation.backward_kernel"}
+    assert len(formulas) == 8  # each in both directions: what compiles is not only interpreted
 
 
-def test_kernels_compile_for_sm_90_without_a_gpu():
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["fp32", "ok", "fp16", "ok"]
+@pytest.mark.parametrize(
+    ("reduction", "windows", "size", "expected"),
+    [
+        (Max(), Window(3, 2, 1), 28, True),
+        (Max(), Window(3, 2, 1, 2), 28, True),
+        (Max(), Window(3, 2, 2), 28, False),  # torch refuses the padding
+        (Max(), Window(3, 2, ((0, 1), (0, 1))), 28, False),
+        (Max(), Window(3, 2, 0, 1, True), 28, False),  # one window more than fits
+        (Max(), Adaptive(7), 28, False),
+        (Max(), Window(2), 4096, False),  # not small
+        (Mean(), Window(2), 28, True),
+        (Mean(), Window(3, 2, 1), 28, False),  # torch counts the padding, as the next does
+        (Mean(count_include_pad=True), Window(3, 2, 1), 28, True),
+        (Mean(), Window(2, dilation=2), 28, False),
+        (Lp(2.0), Window(2), 28, False),
+    ],
+)
+def test_small_inputs_go_to_torch_where_it_gives_the_same(reduction, windows, size, expected):
+    from torchpool.kernels.gpu import small
+
+    axes = windows.axes((size, size))
+    x = torch.randn(1, 1, size, size)
+    assert small.prefers_torch(x, reduction, axes) is expected
+    if expected:
+        from torchpool.kernels import reference
+
+        y = x.new_empty(1, 1, *(axis.out_size for axis in axes))
+        small.run(x, reduction, axes, y)
+        operation = reference.select if isinstance(reduction, Max) else reference.accumulate
+        nones = (None, None) if isinstance(reduction, Max) else (None, None, None)
+        torch.testing.assert_close(y, operation(x, *nones, reduction, axes, False)[0])
