@@ -13,7 +13,7 @@ ROOT = Path(torchpool.__file__).parent
 FLOORS = [
     {"windows", "reductions"},
     {"kernels"},
-    {"unpool"},
+    {"unpool", "ragged"},
     {"ops"},
     {"functional"},
     {"nn"},

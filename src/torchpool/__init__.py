@@ -4,6 +4,7 @@ sequences."""
 from torchpool import nn
 from torchpool.convert import convert
 from torchpool.functional import *  # noqa: F403  the names of its __all__: pool, explain and torch's functions
+from torchpool.ragged import length_mask
 from torchpool.reductions import (
     Accumulation,
     LogMeanExp,
@@ -44,5 +45,6 @@ __all__ = [
     "Window",
     "Windows",
     "convert",
+    "length_mask",
     "nn",
 ]
