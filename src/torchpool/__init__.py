@@ -20,6 +20,8 @@ from torchpool.reductions import (
     Sum,
     Var,
 )
+from torchpool.segments import segment_median, segment_pool, segment_quantile
+from torchpool.streaming import Stream, streaming
 from torchpool.windows import Adaptive, Axis, Fractional, Global, Window, Windows
 
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ __all__ = [
     "Selection",
     "SoftmaxMean",
     "Std",
+    "Stream",
     "Sum",
     "Var",
     "Window",
@@ -47,4 +50,8 @@ __all__ = [
     "convert",
     "length_mask",
     "nn",
+    "segment_median",
+    "segment_pool",
+    "segment_quantile",
+    "streaming",
 ]

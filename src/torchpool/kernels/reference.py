@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from torchpool import reductions as formulas
 from torchpool.kernels import layout
@@ -24,6 +25,9 @@ from torchpool.windows import Axis
 
 MAX_GATHERED = 1 << 24
 """Elements of windows held at a time by the operators; longer work goes in bands of output rows."""
+
+TIGHT = 64
+"""Taps up to which a bound on the longest window of a table is as good as reading its counts."""
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:
@@ -64,11 +68,40 @@ class Corner(NamedTuple):
     axis: Axis
     start: Tensor
     stop: Tensor | int
+    padded: Tensor | None = None
+    """Of a table: taps in the padding that a mean may count."""
+
+
+def is_table(starts: Tensor | None) -> bool:
+    """Whether `starts` says of each window where it begins, how many taps it has and how much
+    padding it may count, (N, 1, 1, O, 3), and not only where it begins, (N, C, d, max O)."""
+    return starts is not None and starts.ndim == 5
+
+
+def _table_corner(axis: Axis, table: Tensor) -> Corner:
+    first, count, padded = table[:, :, 0].unsqueeze(-1).unbind(-2)
+    return Corner(
+        axis._replace(kernel=_longest(count, axis.kernel)),
+        first,
+        first + count * axis.dilation,
+        padded,
+    )
+
+
+def _longest(counts: Tensor, bound: int) -> int:
+    """The most taps of a window. Reads the counts where the bound is loose and nobody traces: this
+    is the one place that may wait for a device."""
+    tracing = torch.compiler.is_compiling() or isinstance(counts, FakeTensor)
+    if tracing or torch._C._functorch.is_batchedtensor(counts) or bound <= TIGHT:
+        return bound
+    return max(1, int(counts.max())) if counts.numel() else 1
 
 
 def corners(axes: Sequence[Axis], starts: Tensor | None, device: torch.device) -> list[Corner]:
     """The windows of each axis; `starts` (N, C, d, max O) gives the first positions per plane
-    instead of the axis."""
+    instead of the axis, or is a table (see `is_table`)."""
+    if starts is not None and is_table(starts):
+        return [_table_corner(axes[0], starts)]
     made = []
     for i, axis in enumerate(axes):
         shape = (1,) * i + (axis.out_size,) + (1,) * (len(axes) - i)
@@ -97,7 +130,7 @@ def locate(offsets: Tensor, corners: Sequence[Corner]) -> tuple[Tensor, Tensor]:
     flat: Tensor | int = 0
     inside: Tensor | bool = True
     rest = math.prod(corner.axis.kernel for corner in corners)
-    for axis, start, stop in corners:
+    for axis, start, stop, _ in corners:
         rest = rest // axis.kernel
         position = start + offsets // rest % axis.kernel * axis.dilation
         inside = inside & (position >= 0) & (position < stop)
@@ -129,7 +162,8 @@ def _bands(
     for begin in range(0, first.axis.out_size, rows):
         band = slice(begin, min(begin + rows, first.axis.out_size))
         stop = first.stop if isinstance(first.stop, int) else first.stop[:, :, band]
-        yield band, [Corner(first.axis, first.start[:, :, band], stop), *rest]
+        padded = None if first.padded is None else first.padded[:, :, band]
+        yield band, [Corner(first.axis, first.start[:, :, band], stop, padded), *rest]
 
 
 def _windows_of(axes: Sequence[Corner]) -> tuple[Tensor, Tensor]:
@@ -138,7 +172,7 @@ def _windows_of(axes: Sequence[Corner]) -> tuple[Tensor, Tensor]:
     d = len(axes)
     flat: Tensor | int = 0
     inside: Tensor | bool = True
-    for i, (axis, start, stop) in enumerate(axes):
+    for i, (axis, start, stop, _) in enumerate(axes):
         taps = torch.arange(axis.kernel, device=start.device) * axis.dilation
         position = start.reshape(*start.shape[:-1], *(1,) * d) + taps.reshape(
             -1, *(1,) * (d - 1 - i)
@@ -297,10 +331,12 @@ def why_not_accumulate(
 
 def _padded_count(part: Sequence[Corner]) -> Tensor:
     """Per window the taps that lie in the padding but inside the padded extent, (1, 1, *O)."""
+    if part[0].padded is not None:
+        return part[0].padded.squeeze(-1)
     counts = []
     for limits in (True, False):
         product: Tensor | int = 1
-        for axis, start, stop in part:
+        for axis, start, stop, _ in part:
             position = start + torch.arange(axis.kernel, device=start.device) * axis.dilation
             low, high = (
                 (-axis.before, axis.in_size + axis.after)
