@@ -182,8 +182,11 @@ def _accumulate_backward(
     x = layout.to_layout(x, channels_last) if x.numel() else x
     if starts is not None:
         case = (x if x.numel() else grad, mask, weights, params, kind, windows)
-        gradients = _from_starts(starts, grad.device, *case).accumulate_backward(
-            grad, x, mask, weights, params, stats, kind, windows, needs, starts
+        backend = _from_starts(starts, grad.device, *case)
+        # One output leaves the layout of grad open.
+        told = {} if backend is reference else {"channels_last": channels_last}
+        gradients = backend.accumulate_backward(
+            grad, x, mask, weights, params, stats, kind, windows, needs, starts, **told
         )
     else:
         backend = _backend(

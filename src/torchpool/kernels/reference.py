@@ -545,6 +545,27 @@ def accumulate_backward(
     return gx.to(grad.dtype) if needs[0] else gx, gw, gp
 
 
+def shares(
+    reduction: Accumulation,
+    grad: Tensor,
+    a: Tensor,
+    sums: Sequence[Tensor],
+    n: Tensor,
+    p: Tensor,
+    divisor: float,
+) -> tuple[Tensor, Tensor]:
+    """What the gradient of each window means for its sums and its n (stacked), and for the
+    parameter, from saved statistics; n is NaN where the window is empty. All broadcast to grad."""
+    kind: Any = type(reduction)
+    filled = n == n
+    n = torch.where(filled, n, formula(kind, "least")(p) + 1)
+    safe = tuple(torch.where(filled, s, 1) for s in sums)
+    by_sums, by_n, by_p = formula(kind, "finish_grad")(safe, n, torch.where(filled, a, 0), p)
+    by_n = 0.0 if divisor else by_n
+    parts = [torch.where(filled, grad * d, 0).expand(grad.shape) for d in (*by_sums, by_n, by_p)]
+    return torch.stack(parts[:-1]), parts[-1]
+
+
 # Composites: ordinary differentiable operators
 
 

@@ -332,7 +332,7 @@ def tap_lanes(b, x, weights, base, table, j, step):
     for i in range(table.shape[0]):
         has = j < table[i, 1]
         at = base + table[i, 0] + j * step if has else 0
-        b[0, i] = load(x, at) if has else b.dtype.type(0)
+        b[0, i] = load(x, at) if has and x.size else b.dtype.type(0)
         if weights.size:
             b[1, i] = load(weights, at) if has else b.dtype.type(0)
         else:
@@ -970,6 +970,14 @@ def _forward(call: _Call, y: Any, stats: Any, reduction: Accumulation) -> None:
     )  # fmt: skip
 
 
+def _room(grad: Tensor, size: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """An uninitialised (N, C, size) in the given layout."""
+    n, c = grad.shape[:2]
+    if channels_last:
+        return grad.new_empty((n, size, c), dtype=dtype).movedim(-1, 1)
+    return grad.new_empty((n, c, size), dtype=dtype)
+
+
 def accumulate_backward(
     grad: Tensor,
     x: Tensor,
@@ -981,13 +989,13 @@ def accumulate_backward(
     axes: Sequence[Axis],
     needs: Sequence[bool],
     starts: Tensor,
+    channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weights and params; those not needed come as empty tensors."""
-    channels_last = layout.is_channels_last(grad)
     dtype = layout.compute_dtype(grad.dtype)
     shape = (*grad.shape[:2], axes[0].in_size)
     gx, gw = (
-        layout.empty_like(grad, [axes[0].in_size], dtype)
+        _room(grad, axes[0].in_size, dtype, channels_last)
         if needed
         else grad.new_empty(0, dtype=dtype)
         for needed in needs[:2]
@@ -1029,31 +1037,23 @@ def _shares(
 ) -> tuple[Any, Any]:
     """dL/ds_k and dL/dn of every window as one flat array, and dL/dp through `finish`, in the order
     of memory."""
-    kind: Any = type(reduction)
-    batch, slots = call.batch, reduction.num_sums
+    batch = call.batch
     n, c, outs = grad.shape
     shape, along = ((n, outs, c), (1, 1, -1)) if batch.channels_last else ((n, c, outs), (1, -1, 1))
     g = layout.to_layout(grad, batch.channels_last)
     g = g.movedim(1, -1) if batch.channels_last else g
-    p = torch.from_numpy(call.params).reshape(along)
     if stats.numel():
-        a, *sums, number = stats.reshape(slots + 2, *shape).unbind(0)
-        filled = number == number
+        a, *sums, number = stats.reshape(reduction.num_sums + 2, *shape).unbind(0)
     else:
-        a, sums = torch.zeros(()), [torch.zeros(())] * slots
+        a, sums = torch.zeros(()), [torch.zeros(())] * reduction.num_sums
         table = torch.from_numpy(_counted(batch, reduction))
         number = (table[..., 1] + table[..., 2]).to(grad.dtype)
         number = torch.full_like(number, call.divisor) if call.divisor else number
-        filled = table[..., 1] > 0
-        number, filled = (
-            t.unsqueeze(-1) if batch.channels_last else t.unsqueeze(1) for t in (number, filled)
-        )
-    number = torch.where(filled, number, 1 + reference.formula(kind, "least")(p))
-    a, *sums = (torch.where(filled, t, fill) for t, fill in ((a, 0), *((s, 1) for s in sums)))
-    by_sums, by_n, by_p = reference.formula(kind, "finish_grad")(tuple(sums), number, a, p)
-    by_n = 0.0 if call.divisor else by_n
-    made = [torch.where(filled, g * d, 0).expand(shape) for d in (*by_sums, by_n, by_p)]
-    return torch.stack(made[:-1]).reshape(-1).numpy(), made[-1].reshape(-1).numpy()
+        number = torch.where(table[..., 1] > 0, number, torch.nan)
+        number = number.unsqueeze(-1 if batch.channels_last else 1)
+    p = torch.from_numpy(call.params).reshape(along)
+    by_sums, by_p = reference.shares(reduction, g, a, sums, number, p, call.divisor)
+    return by_sums.reshape(-1).numpy(), by_p.reshape(-1).numpy()
 
 
 def _parameter_gradient(by_p: Any, grad: Tensor, call: _Call) -> Tensor:
