@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
 
-from torchpool import ops
+from torchpool import ops, ragged
 from torchpool.kernels import layout, lowering, reference
 from torchpool.reductions import Accumulation, Lp, Max, Mean, Reduction, Selection, Sum
 from torchpool.unpool import max_unpool1d, max_unpool2d, max_unpool3d
@@ -55,17 +56,24 @@ __all__ = [
 
 
 def pool(
-    x: Tensor,
+    x: Any,
     reduction: Reduction,
     windows: Windows,
     *,
     dims: Sequence[int] | int | None = None,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
+    mask: Any = None,
+    weights: Any = None,
+    lengths: Tensor | None = None,
+    padding_side: str = "right",
+    offsets: Tensor | None = None,
     return_indices: bool = False,
     fill: float = 0.0,
 ) -> Any:
     """Slides windows over x and turns each into one value.
+
+    Samples of different lengths come padded (`lengths=`), packed one after another (`offsets=`), as
+    a jagged nested tensor or as a `PackedSequence`; the result has the same form. Each sample gives
+    what it gives alone, whatever the padding holds.
 
     Args:
         x: any real dtype; half types are computed in float32 and rounded once.
@@ -82,27 +90,242 @@ def pool(
         weights: floating, broadcastable to x; the weight of each element in sums and means. An
             element of weight 0 takes no part.
             Gets gradients. A selection only asks whether the weight is 0.
+        lengths: integer (N,), the elements of each sample of a padded batch along the one pooled
+            axis. `windows.pool_lengths(lengths)` are those of the result; what lies behind them
+            holds `fill`.
+        padding_side: "right" or "left": where the padding stands in x, and in the result.
+        offsets: integer (N + 1,): x is packed, sample i being the rows `offsets[i] .. offsets[i +
+            1] - 1` of the pooled axis (by default the first). The result is the pair (values,
+            offsets), packed likewise.
         return_indices: also return the flat positions of the winners over the pooled axes (int64);
-            -1 for an empty window.
+            -1 for an empty window. Of nested tensors and packed sequences: positions inside the
+            sample.
         fill: value of a window that has no valid element.
     Shape:
         x (N, C, *S) -> (N, C, *O) with O = windows.out_size(S); with `dims` the pooled axes change
         size where they are
     Returns:
-        The pooled tensor in the memory layout of x; with return_indices the pair (values, indices).
+        The pooled tensor in the memory layout of x (or in x's ragged form); with return_indices the
+        pair (values, indices).
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
 
     >>> x = torch.arange(6.0).reshape(1, 1, 6)
     >>> pool(x, Mean(), Window(2))
     tensor([[[0.5000, 2.5000, 4.5000]]])
+    >>> pool(x, Mean(), Window(2), lengths=torch.tensor([3]))
+    tensor([[[0.5000, 0.0000, 0.0000]]])
     """
+    if lengths is not None or offsets is not None or ragged.is_ragged(x):
+        options = (dims, mask, weights, return_indices, fill)
+        return _pool_ragged(x, reduction, windows, lengths, padding_side, offsets, options)
     case = _case(x, reduction, windows, dims, mask, weights, return_indices)
     y, indices = _run(case, return_indices)
     if fill != 0:
         y = _fill(y, case, fill)
     y = case.view.restore(y)
     return (y, case.view.restore(indices)) if return_indices else y
+
+
+# Samples of different lengths
+
+
+def _pool_ragged(
+    x: Any,
+    reduction: Reduction,
+    windows: Windows,
+    lengths: Tensor | None,
+    padding_side: str,
+    offsets: Tensor | None,
+    options: tuple[Any, ...],
+) -> Any:
+    """Chooses by the form of x. `options`: dims, mask, weights, return_indices, fill."""
+    given = [
+        name
+        for name, there in (
+            ("lengths", lengths is not None),
+            ("offsets", offsets is not None),
+            (f"x, a {type(x).__name__}", ragged.is_ragged(x)),
+        )
+        if there
+    ]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} both tell the lengths of the samples; give one")
+    ragged.check_side(padding_side)
+    if lengths is not None:
+        return _pool_padded(x, reduction, windows, lengths, padding_side, *options)
+    if offsets is not None:
+        return _pool_packed(x, reduction, windows, offsets, *options)
+    return _pool_nested(x, reduction, windows, *options)
+
+
+def _pool_padded(
+    x: Tensor,
+    reduction: Reduction,
+    windows: Windows,
+    lengths: Tensor,
+    padding_side: str,
+    dims: Any,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    return_indices: bool,
+    fill: float,
+) -> Any:
+    _check_types(x, reduction, windows)
+    dim = _ragged_axis(x, windows, 1 if dims is None and x.ndim == 2 else dims)
+    if dim == 0:
+        raise ValueError(
+            f"lengths: axis 0 of x with shape {tuple(x.shape)} counts the samples, so it cannot be "
+            f"pooled; name the padded axis with dims="
+        )
+    size = x.shape[dim]
+    outputs = _ragged_outputs(x, windows, size)
+    lengths = ragged.check_lengths(lengths, size, x.device, count=x.shape[0])
+    table = ragged.padded_table(windows, lengths, size, outputs, padding_side)
+    return _run_table(x, reduction, windows, table, dim, mask, weights, return_indices, fill, False)
+
+
+def _ragged_outputs(x: Tensor, windows: Windows, size: int) -> int:
+    """Windows of a sample without padding, which has the most."""
+    outputs = windows.pool_lengths(size)
+    if size == 0 or outputs < 1:
+        raise ValueError(
+            f"{windows} gives no window for x of shape {tuple(x.shape)}, whose padded axis has "
+            f"{size} elements; use a smaller kernel or dilation, or more padding"
+        )
+    return int(outputs) if isinstance(outputs, int) else outputs
+
+
+def _ragged_axis(x: Tensor, windows: Windows, dims: Any) -> int:
+    pooled = _pooled_axes(x, windows, dims)
+    if len(pooled) != 1:
+        raise ValueError(
+            f"lengths and offsets speak of one axis, but {len(pooled)} axes of x with shape "
+            f"{tuple(x.shape)} are pooled: {pooled}; name one with dims=, or use mask="
+        )
+    return pooled[0]
+
+
+def _pool_packed(
+    x: Tensor,
+    reduction: Reduction,
+    windows: Windows,
+    offsets: Tensor,
+    dims: Any,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    return_indices: bool,
+    fill: float,
+) -> Any:
+    _check_types(x, reduction, windows)
+    dim = _ragged_axis(x, windows, 0 if dims is None else dims)
+    offsets = ragged.check_offsets(offsets, x.shape[dim], x.device)
+    table, made = ragged.packed_table(windows, offsets, x.shape[dim])
+    pooled = _run_table(
+        x, reduction, windows, table, dim, mask, weights, return_indices, fill, True
+    )
+    return ((pooled[0], made), pooled[1]) if return_indices else (pooled, made)
+
+
+def _pool_nested(
+    x: Any,
+    reduction: Reduction,
+    windows: Windows,
+    dims: Any,
+    mask: Any,
+    weights: Any,
+    return_indices: bool,
+    fill: float,
+) -> Any:
+    packed = ragged.unpack(x)
+    _check_types(packed.values, reduction, windows)
+    mask, weights = (
+        None if t is None else _same_samples(t, x, packed, name)
+        for t, name in ((mask, "mask"), (weights, "weights"))
+    )
+    axis = packed.dim if isinstance(x, PackedSequence) else packed.dim + 1
+    if dims is not None and dims not in (axis, (axis,), [axis]):
+        raise ValueError(f"dims={dims!r}: the axis of different lengths is {axis}; pool that one")
+    table, made = ragged.packed_table(windows, packed.offsets, packed.values.shape[packed.dim])
+    table = table._replace(rows=table.rows.to(packed.values.device))
+    pooled = _run_table(
+        packed.values, reduction, windows, table, packed.dim, mask, weights, return_indices, fill,
+        True,
+    )  # fmt: skip
+    if not return_indices:
+        return ragged.repack(x, pooled, made, packed.dim)
+    values, rows = pooled
+    sample = (
+        torch.searchsorted(made, torch.arange(table.axis.out_size, device=made.device), right=True)
+        - 1
+    )
+    begin = packed.offsets[sample].to(rows.device)
+    begin = begin.reshape(-1, *(1,) * (rows.ndim - 1 - packed.dim))
+    inside = torch.where(rows < 0, -1, rows - begin)
+    return tuple(ragged.repack(x, t, made, packed.dim) for t in (values, inside))
+
+
+def _same_samples(other: Any, x: Any, packed: ragged.Packed, name: str) -> Tensor:
+    """The values of a mask or weights in the same ragged form as x."""
+    if type(other) is not type(x) or not ragged.is_ragged(other):
+        raise TypeError(
+            f"{name} must be a {type(x).__name__} of the same lengths as x, not a "
+            f"{type(other).__name__}"
+        )
+    values, offsets, dim = ragged.unpack(other)
+    same = dim == packed.dim and offsets.shape == packed.offsets.shape
+    if same and ragged.is_readable(offsets):
+        same = torch.equal(offsets, packed.offsets)
+    if not same:
+        raise ValueError(f"{name} must have the lengths of x, sample by sample")
+    return values
+
+
+def _run_table(
+    x: Tensor,
+    reduction: Reduction,
+    windows: Windows,
+    table: ragged.Table,
+    dim: int,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    return_indices: bool,
+    fill: float,
+    is_packed: bool,
+) -> Any:
+    """Pools over windows that a table gives."""
+    if return_indices and not isinstance(reduction, Selection):
+        raise ValueError(
+            f"return_indices=True needs a selection such as "
+            f"Max() or Min(): {reduction} has no winner"
+        )
+    mask = None if mask is None else _broadcast(mask, x, "mask")
+    weights = None if weights is None else _broadcast(weights, x, "weights")
+    others = 1 if is_packed else 2  # axes that windows and parameters speak of, besides channels
+    flat = x.ndim == others
+    tensors = [t if t is None or not flat else t.unsqueeze(-1) for t in (x, mask, weights)]
+    if table.axis.in_size == 0:  # no row at all: one that no window reads
+        tensors = [None if t is None else _one_more(t, dim) for t in tensors]
+        table = table._replace(axis=table.axis._replace(in_size=1, kernel=1))
+    x, mask, weights = tensors  # type: ignore[assignment]
+    view = _View((dim,), x.shape)
+    case = _canonical_case(x, reduction, windows, view, (table.axis,), mask, weights)
+    rows = table.rows
+    if not is_packed and case.x.shape[0] != rows.shape[0]:
+        rows = rows.repeat_interleave(case.x.shape[0] // rows.shape[0], 0)
+    case = case._replace(starts=rows, is_packed=is_packed)
+    y, indices = _run(case, return_indices)
+    if fill != 0:
+        y = _fill(y, case, fill)
+    made = [view.restore(t) for t in ((y, indices) if return_indices else (y,))]
+    made = [t.squeeze(-1) for t in made] if flat else made
+    return tuple(made) if return_indices else made[0]
+
+
+def _one_more(x: Tensor, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = 1
+    return torch.cat([x, x.new_zeros(shape)], dim)
 
 
 class _View(NamedTuple):
@@ -143,6 +366,13 @@ class _Case(NamedTuple):
     axes: tuple[Axis, ...]
     windows: Windows
     view: _View
+    is_packed: bool = False
+
+    @property
+    def is_exported_whole(self) -> bool:
+        """Whether an exported graph holds one operator for it: written out, each window of packed
+        samples would gather as many elements as the longest could have."""
+        return self.is_packed and torch.compiler.is_exporting()
 
 
 def _case(
@@ -179,25 +409,30 @@ def _case(
             f"{windows} gives an empty output for x of shape "
             f"{tuple(x.shape)}; output sizes must be at least 1"
         )
-    canonical = view.canonical(_promote(x, reduction))
-    mask = None if mask is None else view.canonical(_broadcast(mask, x, "mask"))
-    weights = None if weights is None else view.canonical(_broadcast(weights, x, "weights"))
+    mask = None if mask is None else _broadcast(mask, x, "mask")
+    weights = None if weights is None else _broadcast(weights, x, "weights")
+    case = _canonical_case(x, reduction, windows, view, axes, mask, weights)
+    if isinstance(windows, Fractional):
+        case = case._replace(starts=_fractional_starts(windows, case.x, axes))
+    return case
+
+
+def _canonical_case(
+    x: Tensor,
+    reduction: Reduction,
+    windows: Windows,
+    view: _View,
+    axes: tuple[Axis, ...],
+    mask: Tensor | None,
+    weights: Tensor | None,
+) -> _Case:
+    x = view.canonical(_promote(x, reduction))
+    mask = None if mask is None else view.canonical(mask)
+    weights = None if weights is None else view.canonical(weights)
     if weights is not None and isinstance(reduction, Selection):
         mask, weights = weights != 0 if mask is None else mask & (weights != 0), None
-    starts = (
-        _fractional_starts(windows, canonical, axes) if isinstance(windows, Fractional) else None
-    )
-    return _Case(
-        canonical,
-        mask,
-        weights,
-        _params(reduction, canonical),
-        starts,
-        reduction,
-        axes,
-        windows,
-        view,
-    )
+    params = _params(reduction, x)
+    return _Case(x, mask, weights, params, None, reduction, axes, windows, view)
 
 
 def _check_types(x: Any, reduction: Any, windows: Any) -> None:
@@ -345,11 +580,11 @@ def _needs_composite() -> bool:
 def _run(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
     if isinstance(case.reduction, Selection):
         return _run_selection(case, return_indices)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() and not case.is_packed:
         return lowering.accumulate(
             case.x, case.mask, case.weights, case.params, case.starts, case.reduction, case.axes
         ), None
-    if _needs_composite():
+    if _needs_composite() and not case.is_exported_whole:
         return reference.composite_accumulate(
             case.x, case.mask, case.weights, case.params, case.reduction, case.axes, case.starts
         ), None
@@ -369,9 +604,9 @@ def _run(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
 
 
 def _run_selection(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
-    if torch.compiler.is_exporting() and not return_indices:
+    if torch.compiler.is_exporting() and not case.is_packed and not return_indices:
         return lowering.select(case.x, case.mask, case.starts, case.reduction, case.axes), None
-    if _needs_composite():
+    if _needs_composite() and not case.is_exported_whole:
         return reference.composite_select(case.x, case.mask, case.starts, case.reduction, case.axes)
     save = return_indices or (torch.is_grad_enabled() and case.x.requires_grad)
     y, state = torch.ops.torchpool.select(
@@ -387,18 +622,26 @@ def _run_selection(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
 
 def _fill(y: Tensor, case: _Case, fill: float) -> Tensor:
     """Writes `fill` where a window holds too little: no element, or n <= least(p)."""
-    ones = torch.ones((), device=y.device).expand(case.x.shape)
-    if case.mask is not None:
-        ones = ones * case.mask
-    if case.weights is not None:
-        ones = ones * case.weights.detach()
-    n = reference.accumulate(ones, None, None, None, Sum(), case.axes, False, case.starts)[0]
+    n = _contents(case)
     least: Any = 0.0
     if isinstance(case.reduction, Accumulation) and case.params is not None:
         kind: Any = type(case.reduction)
         p = case.params.detach().reshape(1, -1, *(1,) * len(case.axes))
         least = reference.formula(kind, "least")(p)
     return torch.where(n > least, y, torch.tensor(fill, dtype=y.dtype, device=y.device))
+
+
+def _contents(case: _Case) -> Tensor:
+    """The number of elements of each window, or the sum of their weights."""
+    if case.mask is None and case.weights is None and reference.is_table(case.starts):
+        assert case.starts is not None
+        return case.starts[:, :, 0, :, 1]
+    ones = torch.ones((), device=case.x.device).expand(case.x.shape)
+    if case.mask is not None:
+        ones = ones * case.mask
+    if case.weights is not None:
+        ones = torch.where(ones != 0, case.weights.detach(), 0)
+    return reference.accumulate(ones, None, None, None, Sum(), case.axes, False, case.starts)[0]
 
 
 # Why and where

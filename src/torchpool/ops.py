@@ -26,6 +26,12 @@ _BACKENDS = {
     "gpu": "torchpool.kernels.gpu",
     "reference": "torchpool.kernels.reference",
 }
+_TABLES = {
+    "cpu": "torchpool.kernels.cpu.segments",
+    "gpu": "torchpool.kernels.gpu_segments",
+    "reference": "torchpool.kernels.reference",
+}
+"""Who serves windows that a table gives (see `reference.is_table`)."""
 _FIRST = {"cpu": "cpu", "cuda": "gpu"}
 
 _library: Any = torch.library.Library("torchpool", "DEF")  # type: ignore[no-untyped-call]
@@ -62,13 +68,16 @@ def unpack(numbers: Sequence[int]) -> tuple[Axis, ...]:
 # Which backend runs
 
 
-def refusals(operation: str, device: torch.device, *case: Any) -> tuple[ModuleType, dict[str, str]]:
+def refusals(
+    operation: str, device: torch.device, *case: Any, table: bool = False
+) -> tuple[ModuleType, dict[str, str]]:
     """The backend that serves a case, and why those asked before it do not.
 
     Args:
         operation: "select" or "accumulate".
         device: where the input lies.
         case: the arguments of the backends' `why_not_<operation>`.
+        table: the windows come as a table.
     Raises:
         ValueError: TORCHPOOL_BACKEND names no backend, or one that does not serve the case.
     """
@@ -80,7 +89,7 @@ def refusals(operation: str, device: torch.device, *case: Any) -> tuple[ModuleTy
         if name is None:
             continue
         try:
-            backend = importlib.import_module(_BACKENDS[name])
+            backend = importlib.import_module((_TABLES if table else _BACKENDS)[name])
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("torchpool"):
                 raise
@@ -95,8 +104,8 @@ def refusals(operation: str, device: torch.device, *case: Any) -> tuple[ModuleTy
     )
 
 
-def _backend(operation: str, device: torch.device, *case: Any) -> ModuleType:
-    return refusals(operation, device, *case)[0]
+def _backend(operation: str, device: torch.device, *case: Any, table: bool = False) -> ModuleType:
+    return refusals(operation, device, *case, table=table)[0]
 
 
 # Kernels
@@ -111,7 +120,8 @@ def _select(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     case = (layout.dense(x), mask, starts, from_spec(reduction), unpack(axes))
-    result: tuple[Tensor, Tensor] = _backend("select", x.device, *case).select(*case, save)
+    backend = _backend("select", x.device, *case, table=reference.is_table(starts))
+    result: tuple[Tensor, Tensor] = backend.select(*case, save)
     return result
 
 
@@ -120,14 +130,21 @@ def _select_backward(
 ) -> Tensor:
     grad = layout.to_layout(grad, layout.is_channels_last(state))
     windows = unpack(axes)
-    result: Tensor = _backend(
-        "select", grad.device, grad, None, starts, Max(), windows
-    ).select_backward(grad, state, starts, windows)
+    case = (grad, None, starts, Max(), windows)
+    backend = _backend("select", grad.device, *case, table=reference.is_table(starts))
+    result: Tensor = backend.select_backward(grad, state, starts, windows)
     return result
 
 
 def _select_take(x: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[int]) -> Tensor:
     return reference.select_take(x, state, starts, unpack(axes))
+
+
+def _from_starts(starts: Tensor, device: torch.device, *case: Any) -> ModuleType:
+    """The backend of an accumulation over windows that `starts` gives."""
+    if reference.is_table(starts):
+        return _backend("accumulate", device, *case, table=True)
+    return reference
 
 
 def _accumulate(
@@ -142,7 +159,9 @@ def _accumulate(
 ) -> tuple[Tensor, Tensor]:
     case = (layout.dense(x), mask, weights, params, from_spec(reduction), unpack(axes))
     if starts is not None:
-        return reference.accumulate(*case, save, starts)
+        backend = _from_starts(starts, x.device, *case)
+        made: tuple[Tensor, Tensor] = backend.accumulate(*case, save, starts)
+        return made
     result: tuple[Tensor, Tensor] = _backend("accumulate", x.device, *case).accumulate(*case, save)
     return result
 
@@ -164,8 +183,12 @@ def _accumulate_backward(
     kind, windows = from_spec(reduction), unpack(axes)
     x = layout.to_layout(x, channels_last) if x.numel() else x
     if starts is not None:
-        gradients = reference.accumulate_backward(
-            grad, x, mask, weights, params, stats, kind, windows, needs, starts
+        case = (x if x.numel() else grad, mask, weights, params, kind, windows)
+        backend = _from_starts(starts, grad.device, *case)
+        # One output leaves the layout of grad open.
+        told = {} if backend is reference else {"channels_last": channels_last}
+        gradients = backend.accumulate_backward(
+            grad, x, mask, weights, params, stats, kind, windows, needs, starts, **told
         )
     else:
         backend = _backend(

@@ -60,6 +60,20 @@ class Axis(NamedTuple):
         return _counts(self, include_pad)
 
 
+class Span(NamedTuple):
+    """Windows of inputs of some lengths, as numbers or as tensors of numbers.
+
+    A window reads the positions `start + j * dilation` for `j < taps` that lie inside `[0,
+    length)`; the padded input is `[low, high)`.
+    """
+
+    start: Any
+    taps: Any
+    dilation: int
+    low: Any
+    high: Any
+
+
 @lru_cache(maxsize=1024)
 def _starts(axis: Axis) -> tuple[int, ...]:
     if axis.is_adaptive:
@@ -127,6 +141,39 @@ class Windows(ABC):
             return tuple(axis.out_size for axis in self.axes(in_size))
         return self.axes((in_size,))[0].out_size
 
+    def pool_lengths(self, lengths: Any) -> Any:
+        """How many outputs samples of these lengths have: each as if it were pooled alone.
+
+        A sample that is too short for a single window has 0 outputs (alone, it is refused); so has
+        an empty one, except where the number of outputs is fixed (`Global`, `Adaptive`).
+
+        Args:
+            lengths: an int, or an integer tensor of any shape: elements of each sample
+                along the one pooled axis.
+        Raises:
+            ValueError: windows over several axes, or windows that no length decides (`Fractional`).
+
+        >>> Window(3, stride=2).pool_lengths(7), Adaptive(4).pool_lengths(7)
+        (3, 4)
+        """
+        raise ValueError(f"{self} has no rule for samples of different lengths; pool each alone")
+
+    def spans(self, lengths: Any, outputs: Any) -> Span:
+        """The windows `outputs` of samples of these lengths; arguments broadcast.
+
+        Args:
+            lengths: as in `pool_lengths`.
+            outputs: numbers of the windows, from 0; those a sample does not have give no defined
+                result.
+        Raises:
+            ValueError: as `pool_lengths`.
+        """
+        raise ValueError(f"{self} has no rule for samples of different lengths; pool each alone")
+
+    def most_taps(self, size: int) -> int:
+        """The most elements that a window of a sample of at most `size` elements reads."""
+        return size
+
     def pool_mask(self, mask: Any, dims: Sequence[int] | None = None) -> Any:
         """Which outputs saw at least one valid element.
 
@@ -158,6 +205,16 @@ class Windows(ABC):
 def _rectangular(windows: Sequence[range], width: int) -> list[list[int]]:
     """Runs of positions filled up with -1, which is outside any input."""
     return [[*window, *([-1] * (width - len(window)))] for window in windows]
+
+
+def _larger(a: Any, b: Any) -> Any:
+    """The larger of two numbers, or of each pair of a tensor's."""
+    return a.clamp(min=b) if hasattr(a, "clamp") else max(a, b)
+
+
+def _smaller(a: Any, b: Any) -> Any:
+    """The smaller of two numbers, or of each pair of a tensor's."""
+    return a.clamp(max=b) if hasattr(a, "clamp") else min(a, b)
 
 
 def _is_int(value: Any) -> bool:
@@ -269,14 +326,7 @@ class Window(Windows):
     ) -> Axis:
         before, after = padding
         reach = dilation * (kernel - 1) + 1
-        room = in_size + before + after - reach
-        if self.padding in ("same", "same_lower"):
-            out = (in_size + stride - 1) // stride
-        elif self.ceil_mode:
-            begun = min((room + stride - 1) // stride, (in_size + before - 1) // stride)
-            out = max(room // stride, begun) + 1
-        else:
-            out = room // stride + 1
+        out = self._outputs(in_size, reach, stride, before, after)
         if out < 1:
             raise ValueError(
                 f"{self} does not fit an input of size {in_size}: a window spans "
@@ -284,6 +334,43 @@ class Window(Windows):
                 f"{in_size + before + after}; use a smaller kernel or dilation, or more padding"
             )
         return Axis(in_size, out, kernel, stride, dilation, before, after)
+
+    def _outputs(self, in_size: Any, reach: int, stride: int, before: Any, after: Any) -> Any:
+        """Number of windows; less than 1 where none fits."""
+        room = in_size + before + after - reach
+        if self.padding in ("same", "same_lower"):
+            return (in_size + stride - 1) // stride
+        if self.ceil_mode:
+            begun = _smaller((room + stride - 1) // stride, (in_size + before - 1) // stride)
+            return _larger(room // stride, begun) + 1
+        return room // stride + 1
+
+    def single(self) -> tuple[int, int, int]:
+        """Kernel, stride and dilation of windows over one axis.
+
+        Raises:
+            ValueError: they speak of several axes.
+        """
+        if self.num_axes not in (None, 1):
+            raise ValueError(f"{self} describes {self.num_axes} axes; lengths speak of one")
+        (kernel,) = _spread(self.kernel, 1, "kernel")
+        stride = kernel if self.stride is None else _spread(self.stride, 1, "stride")[0]
+        return kernel, stride, _spread(self.dilation, 1, "dilation")[0]
+
+    def pool_lengths(self, lengths: Any) -> Any:
+        kernel, stride, dilation = self.single()
+        ((before, after),) = _pairs(self.padding, (lengths,), (kernel,), (stride,), (dilation,))
+        reach = dilation * (kernel - 1) + 1
+        return _larger(self._outputs(lengths, reach, stride, before, after), 0) * (lengths > 0)
+
+    def spans(self, lengths: Any, outputs: Any) -> Span:
+        kernel, stride, dilation = self.single()
+        ((before, after),) = _pairs(self.padding, (lengths,), (kernel,), (stride,), (dilation,))
+        start = outputs * stride - before
+        return Span(start, kernel, dilation, -before, lengths + after)
+
+    def most_taps(self, size: int) -> int:
+        return self.single()[0]
 
 
 def _check_padding(padding: Any) -> None:
@@ -331,7 +418,7 @@ def _named_pair(
         return (0, 0)
     if padding == "causal":
         return (reach, 0)
-    total = max(0, (in_size - 1) // stride * stride + reach + 1 - in_size)
+    total = _larger((in_size - 1) // stride * stride + reach + 1 - in_size, 0)
     small, large = total // 2, total - total // 2
     return (small, large) if padding == "same" else (large, small)
 
@@ -373,6 +460,27 @@ class Adaptive(Windows):
             for i, o in zip(in_sizes, sizes, strict=True)
         )
 
+    def _single(self) -> int | None:
+        if self.num_axes not in (None, 1):
+            raise ValueError(f"{self} describes {self.num_axes} axes; lengths speak of one")
+        return self.output_size[0] if isinstance(self.output_size, Sequence) else self.output_size
+
+    def pool_lengths(self, lengths: Any) -> Any:
+        size = self._single()
+        return lengths if size is None else lengths * 0 + size
+
+    def spans(self, lengths: Any, outputs: Any) -> Span:
+        size: Any = self._single()
+        if size is None:
+            size = _larger(lengths, 1)
+        start = outputs * lengths // size
+        stop = ((outputs + 1) * lengths + size - 1) // size
+        return Span(start, stop - start, 1, start, stop)
+
+    def most_taps(self, size: int) -> int:
+        outputs = self._single()
+        return 1 if outputs is None else min(size, size // max(1, outputs) + 2)
+
 
 def _adaptive_axis(in_size: int, out_size: int, symbolic: bool) -> Axis:
     if out_size == 0:
@@ -398,6 +506,12 @@ class Global(Windows):
 
     def axes(self, in_sizes: Sequence[int]) -> tuple[Axis, ...]:
         return tuple(Axis(size, 1, size, size, 1, 0, 0) for size in in_sizes)
+
+    def pool_lengths(self, lengths: Any) -> Any:
+        return lengths * 0 + 1
+
+    def spans(self, lengths: Any, outputs: Any) -> Span:
+        return Span(outputs * 0, lengths, 1, 0, lengths)
 
 
 @dataclass(frozen=True)

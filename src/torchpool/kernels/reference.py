@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from torchpool import reductions as formulas
 from torchpool.kernels import layout
@@ -24,6 +25,9 @@ from torchpool.windows import Axis
 
 MAX_GATHERED = 1 << 24
 """Elements of windows held at a time by the operators; longer work goes in bands of output rows."""
+
+TIGHT = 64
+"""Taps up to which a bound on the longest window of a table is as good as reading its counts."""
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:
@@ -64,11 +68,40 @@ class Corner(NamedTuple):
     axis: Axis
     start: Tensor
     stop: Tensor | int
+    padded: Tensor | None = None
+    """Of a table: taps in the padding that a mean may count."""
+
+
+def is_table(starts: Tensor | None) -> bool:
+    """Whether `starts` says of each window where it begins, how many taps it has and how much
+    padding it may count, (N, 1, 1, O, 3), and not only where it begins, (N, C, d, max O)."""
+    return starts is not None and starts.ndim == 5
+
+
+def _table_corner(axis: Axis, table: Tensor) -> Corner:
+    first, count, padded = table[:, :, 0].unsqueeze(-1).unbind(-2)
+    return Corner(
+        axis._replace(kernel=_longest(count, axis.kernel)),
+        first,
+        first + count * axis.dilation,
+        padded,
+    )
+
+
+def _longest(counts: Tensor, bound: int) -> int:
+    """The most taps of a window. Reads the counts where the bound is loose and nobody traces: this
+    is the one place that may wait for a device."""
+    tracing = torch.compiler.is_compiling() or isinstance(counts, FakeTensor)
+    if tracing or torch._C._functorch.is_batchedtensor(counts) or bound <= TIGHT:
+        return bound
+    return max(1, int(counts.max())) if counts.numel() else 1
 
 
 def corners(axes: Sequence[Axis], starts: Tensor | None, device: torch.device) -> list[Corner]:
     """The windows of each axis; `starts` (N, C, d, max O) gives the first positions per plane
-    instead of the axis."""
+    instead of the axis, or is a table (see `is_table`)."""
+    if starts is not None and is_table(starts):
+        return [_table_corner(axes[0], starts)]
     made = []
     for i, axis in enumerate(axes):
         shape = (1,) * i + (axis.out_size,) + (1,) * (len(axes) - i)
@@ -96,7 +129,7 @@ def locate(offsets: Tensor, corners: Sequence[Corner]) -> tuple[Tensor, Tensor]:
     """
     flat: Tensor | int = 0
     inside: Tensor | bool = True
-    for i, (axis, start, stop) in enumerate(corners):
+    for i, (axis, start, stop, _) in enumerate(corners):
         rest = math.prod([corner.axis.kernel for corner in corners[i + 1 :]])
         tap = offsets // rest
         offsets = offsets - tap * rest  # exporters do not know the remainder by a free size
@@ -130,14 +163,27 @@ def _bands(
     for begin in range(0, first.axis.out_size, rows):
         band = slice(begin, min(begin + rows, first.axis.out_size))
         stop = first.stop if isinstance(first.stop, int) else first.stop[:, :, band]
-        yield band, [Corner(first.axis, first.start[:, :, band], stop), *rest]
+        padded = None if first.padded is None else first.padded[:, :, band]
+        yield band, [Corner(first.axis, first.start[:, :, band], stop, padded), *rest]
 
 
 def _windows_of(axes: Sequence[Corner]) -> tuple[Tensor, Tensor]:
     """Flat positions of all taps, (1 | N, 1 | C, *O, prod K), and whether they lie inside the
     input."""
-    taps = math.prod(corner.axis.kernel for corner in axes)
-    return locate(torch.arange(taps, device=axes[0].start.device), axes)
+    d = len(axes)
+    flat: Tensor | int = 0
+    inside: Tensor | bool = True
+    for i, (axis, start, stop, _) in enumerate(axes):
+        taps = torch.arange(axis.kernel, device=start.device) * axis.dilation
+        position = start.reshape(*start.shape[:-1], *(1,) * d) + taps.reshape(
+            -1, *(1,) * (d - 1 - i)
+        )
+        limit = stop if not isinstance(stop, Tensor) else stop.reshape(*stop.shape[:-1], *(1,) * d)
+        inside = inside & (position >= 0) & (position < limit)
+        flat = flat * axis.in_size + position.clamp(0, axis.in_size - 1)
+    assert isinstance(flat, Tensor)
+    assert isinstance(inside, Tensor)
+    return flat.flatten(-d), inside.expand(flat.shape).flatten(-d)
 
 
 def _gather(x: Tensor, flat: Tensor) -> Tensor:
@@ -286,10 +332,12 @@ def why_not_accumulate(
 
 def _padded_count(part: Sequence[Corner]) -> Tensor:
     """Per window the taps that lie in the padding but inside the padded extent, (1, 1, *O)."""
+    if part[0].padded is not None:
+        return part[0].padded.squeeze(-1)
     counts = []
     for limits in (True, False):
         product: Tensor | int = 1
-        for axis, start, stop in part:
+        for axis, start, stop, _ in part:
             position = start + torch.arange(axis.kernel, device=start.device) * axis.dilation
             low, high = (
                 (-axis.before, axis.in_size + axis.after)
@@ -496,6 +544,27 @@ def accumulate_backward(
     if needs[2] and params is not None:
         gp = gp.sum(0, keepdim=True) if params.numel() == 1 else gp
     return gx.to(grad.dtype) if needs[0] else gx, gw, gp
+
+
+def shares(
+    reduction: Accumulation,
+    grad: Tensor,
+    a: Tensor,
+    sums: Sequence[Tensor],
+    n: Tensor,
+    p: Tensor,
+    divisor: float,
+) -> tuple[Tensor, Tensor]:
+    """What the gradient of each window means for its sums and its n (stacked), and for the
+    parameter, from saved statistics; n is NaN where the window is empty. All broadcast to grad."""
+    kind: Any = type(reduction)
+    filled = n == n
+    n = torch.where(filled, n, formula(kind, "least")(p) + 1)
+    safe = tuple(torch.where(filled, s, 1) for s in sums)
+    by_sums, by_n, by_p = formula(kind, "finish_grad")(safe, n, torch.where(filled, a, 0), p)
+    by_n = 0.0 if divisor else by_n
+    parts = [torch.where(filled, grad * d, 0).expand(grad.shape) for d in (*by_sums, by_n, by_p)]
+    return torch.stack(parts[:-1]), parts[-1]
 
 
 # Composites: ordinary differentiable operators

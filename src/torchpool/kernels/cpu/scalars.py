@@ -41,6 +41,9 @@ the kernel that holds them. They allocate nothing, so that arrays need not be co
 APART: dict[str, Any] = {**INNER, "forceinline": False}
 """The same for long functions that are called seldom, or from several places."""
 
+COPYING: dict[str, Any] = {**APART, "_nrt": True}
+"""The same for functions that copy parts of arrays, for which Numba counts references."""
+
 JIT: dict[str, Any] = {"cache": True, **_COMMON}
 """Options of kernels."""
 

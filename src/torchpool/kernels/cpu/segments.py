@@ -1,0 +1,1071 @@
+"""Windows that a table gives, compiled by Numba: ragged batches, and segments of packed rows.
+
+A window is a run of taps of one sample: first position, number, and the table's step between them.
+What a window becomes depends on its own elements alone, in an order that only its own number of
+taps decides, so that a sample gives the same bits alone and in any batch, on any number of threads.
+
+Elements lie as (plane, position, inner): (N, T, C) in memory has N planes of C inner elements, (N,
+C, T) has N * C planes of one. Formulas run over *lanes* side by side in memory: the inner elements
+of a row, or of a group of rows where those are few; short windows of planes with one inner element
+take one lane per window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from torchpool.kernels import layout, reference
+from torchpool.kernels.cpu import formulas, threads
+from torchpool.kernels.cpu.formulas import (
+    anchor,
+    finish,
+    key,
+    least,
+    lift,
+    lift_dp,
+    lift_dx,
+    num_sums,
+    padded,
+    trimmed,
+)
+from torchpool.kernels.cpu.scalars import (
+    COPYING,
+    JIT,
+    Largest,
+    Smallest,
+    beats,
+    element,
+    empty_buffer,
+    merge,
+)
+from torchpool.kernels.cpu.simd import BRAIN, HALF
+from torchpool.reductions import Accumulation, Mean, Selection
+from torchpool.windows import Axis
+
+LANES = 32
+"""Lanes that a group of narrow rows is filled up to; a window of fewer taps is short."""
+NARROW = 16
+"""Inner elements below which rows are grouped."""
+BLOCK = 256
+"""Inner elements (or short windows) that are worked on at a time."""
+
+_FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+_WIDER = {
+    torch.bool: torch.uint8,
+    torch.int8: torch.int32,
+    torch.int16: torch.int32,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+}
+_INTEGERS = {torch.uint8, torch.int32, torch.int64} | set(_WIDER)
+_LARGEST, _SMALLEST = Largest(), Smallest()
+
+
+# Pieces of work -------------------------------------------------------------
+
+
+@njit(**COPYING)
+def bound(ends, share, shares, units):
+    """Where the given share of the work begins; `ends` is the running sum of the units' work."""
+    if share == shares:
+        return units
+    return np.searchsorted(ends, ends[-1] * share // shares, side="right")
+
+
+@njit(**COPYING)
+def fetch(t, x, at, taps, step, width):
+    """`taps` rows of `width` elements, `step` apart, side by side; 0 where x is empty."""
+    if x.size == 0:
+        t[: taps * width] = 0
+    elif step == width:
+        for i in range(taps * width):
+            t[i] = element(x, at + i)
+    else:
+        for r in range(taps):
+            for i in range(width):
+                t[r * width + i] = element(x, at + r * step + i)
+
+
+@njit(**COPYING)
+def repeat(row, width, times):
+    """Copies the first `width` elements `times` - 1 times behind themselves."""
+    for r in range(1, times):
+        for i in range(width):
+            row[r * width + i] = row[i]
+
+
+@njit(**COPYING)
+def fold(row, width, times):
+    """Adds `times` groups of lanes up into the first."""
+    for r in range(1, times):
+        for i in range(width):
+            row[i] += row[r * width + i]
+
+
+@njit(**COPYING)
+def parameters(p, params, plane, channels, inner, begin, width, times):
+    """The parameter of each lane."""
+    for i in range(width):
+        channel = begin + i if inner > 1 or channels == 1 else plane % channels
+        p[i] = params[channel if params.size > 1 else 0]
+    repeat(p, width, times)
+
+
+# Formulas over lanes ----------------------------------------------------------
+
+
+@njit(**COPYING)
+def raise_anchor(tag, a, t, w, p, plain):
+    for i in range(t.size):
+        k = key(tag, t[i], p[i])
+        wins = (plain | (w[i] != 0)) & ((k > a[i]) | (k != k))
+        a[i] = k if wins else a[i]
+
+
+@njit(**COPYING)
+def add_mean(a, n, t, w, plain):
+    if plain:
+        for i in range(t.size):
+            a[i] += t[i]
+            n[i] += 1
+    else:
+        for i in range(t.size):
+            a[i] += w[i] * t[i] if w[i] != 0 else w[i]
+            n[i] += w[i]
+
+
+@njit(**COPYING)
+def add_lift(tag, s0, s1, s2, s3, n, t, w, a, p, plain):
+    count = num_sums(tag)
+    if plain:
+        for i in range(t.size):
+            l0, l1, l2, l3 = padded(lift(tag, t[i], a[i], p[i]))
+            s0[i] += l0
+            if count > 1:
+                s1[i] += l1
+            if count > 2:
+                s2[i] += l2
+            if count > 3:
+                s3[i] += l3
+            n[i] += 1
+        return
+    for i in range(t.size):
+        l0, l1, l2, l3 = padded(lift(tag, t[i], a[i], p[i]))
+        live = w[i] != 0
+        s0[i] += w[i] * l0 if live else w[i]
+        if count > 1:
+            s1[i] += w[i] * l1 if live else w[i]
+        if count > 2:
+            s2[i] += w[i] * l2 if live else w[i]
+        if count > 3:
+            s3[i] += w[i] * l3 if live else w[i]
+        n[i] += w[i]
+
+
+@njit(**COPYING)
+def chain(tag, d0, d1, d2, d3, l0, l1, l2, l3):
+    """Sum over k of dL/ds_k times the k-th term."""
+    total = d0 * l0
+    if num_sums(tag) > 1:
+        total += d1 * l1
+    if num_sums(tag) > 2:
+        total += d2 * l2
+    if num_sums(tag) > 3:
+        total += d3 * l3
+    return total
+
+
+@njit(**COPYING)
+def add_lift_dp(tag, total, d0, d1, d2, d3, t, w, a, p, plain):
+    for i in range(t.size):
+        l0, l1, l2, l3 = padded(lift_dp(tag, t[i], a[i], p[i]))
+        sent = chain(tag, d0[i], d1[i], d2[i], d3[i], l0, l1, l2, l3)
+        if plain:
+            total[i] += sent
+        else:
+            total[i] = total[i] + w[i] * sent if w[i] != 0 else total[i]
+
+
+@njit(**COPYING)
+def send_dx(tag, out, d0, d1, d2, d3, t, w, a, p, plain, fresh):
+    """What a window sends to elements; `fresh` ones have got nothing yet."""
+    zero = out.dtype.type(0)
+    for i in range(t.size):
+        l0, l1, l2, l3 = padded(lift_dx(tag, t[i], a[i], p[i]))
+        sent = chain(tag, d0[i], d1[i], d2[i], d3[i], l0, l1, l2, l3)
+        if not plain:
+            sent = w[i] * sent if w[i] != 0 else zero
+        out[i] = sent if fresh else out[i] + sent
+
+
+@njit(**COPYING)
+def send_dw(tag, out, d0, d1, d2, d3, dn, t, w, a, p, fresh):
+    zero = out.dtype.type(0)
+    for i in range(t.size):
+        l0, l1, l2, l3 = padded(lift(tag, t[i], a[i], p[i]))
+        sent = chain(tag, d0[i], d1[i], d2[i], d3[i], l0, l1, l2, l3) + dn[i]
+        sent = sent if w[i] != 0 else zero
+        out[i] = sent if fresh else out[i] + sent
+
+
+# Accumulation, forward ----------------------------------------------------------
+
+
+@njit(**COPYING)
+def sweep(goal, tag, b, x, weights, at, count, step, width, group):
+    """Visits all taps of a window, `group` rows at a time: 0 raises the anchor, 1 sums for the
+    mean, 2 sums lifts, 3 sums what the parameter gets. Rows of b: t, w, a, n, p, four sums, four
+    coefficients."""
+    for j in range(0, count, group):
+        taps = min(group, count - j)
+        m = taps * width
+        t, w = b[0, :m], b[1, :m]
+        fetch(t, x, at + j * step, taps, step, width)
+        plain = weights.size == 0
+        if not plain:
+            fetch(w, weights, at + j * step, taps, step, width)
+        a, n, p = b[2, :m], b[3, :m], b[4, :m]
+        if goal == 0:
+            raise_anchor(tag, a, t, w, p, plain)
+        elif goal == 1:
+            add_mean(a, n, t, w, plain)
+        elif goal == 2:
+            add_lift(tag, b[5, :m], b[6, :m], b[7, :m], b[8, :m], n, t, w, a, p, plain)
+        else:
+            add_lift_dp(tag, b[5, :m], b[9], b[10], b[11], b[12], t, w, a, p, plain)
+
+
+@njit(**COPYING)
+def reduce_window(tag, b, x, weights, at, count, step, width, group):
+    """Anchor, sums and n of one window, in the first `width` lanes."""
+    used = min(group, count)
+    m = used * width
+    a, n = b[2], b[3]
+    a[:m] = 0
+    n[:m] = 0
+    if anchor(tag) == 1:
+        a[:m] = -np.inf
+        sweep(0, tag, b, x, weights, at, count, step, width, group)
+        for r in range(1, used):
+            for i in range(width):
+                k = a[r * width + i]
+                a[i] = k if (k > a[i]) | (k != k) else a[i]
+        repeat(a, width, used)
+    elif anchor(tag) == 2:
+        sweep(1, tag, b, x, weights, at, count, step, width, group)
+        fold(a, width, used)
+        fold(n, width, used)
+        for i in range(width):
+            a[i] = a[i] / n[i] if n[i] != 0 else a[i]
+        repeat(a, width, used)
+        n[:m] = 0
+    for k in range(num_sums(tag)):
+        b[5 + k, :m] = 0
+    sweep(2, tag, b, x, weights, at, count, step, width, group)
+    fold(n, width, used)
+    for k in range(num_sums(tag)):
+        fold(b[5 + k], width, used)
+
+
+@njit(**COPYING)
+def end_window(tag, b, y, stats, at, width, step, count, extra, divisor):
+    """Writes values and statistics of `width` lanes; n is NaN where the window is empty."""
+    zero, nan = y.dtype.type(0), y.dtype.type(np.nan)
+    s0, s1, s2, s3, a, n, p = b[5], b[6], b[7], b[8], b[2], b[3], b[4]
+    for i in range(width):
+        seen = n[i] > least(tag, p[i])
+        number = divisor if divisor != 0 else n[i] + extra[i if extra.size > 1 else 0]
+        value = finish(tag, trimmed(tag, (s0[i], s1[i], s2[i], s3[i])), number, a[i], p[i])
+        y[at + i] = value if seen else zero
+        if stats.size:
+            stats[at + i] = a[i]
+            for k in range(num_sums(tag)):
+                stats[(k + 1) * step + at + i] = b[5 + k, i]
+            stats[(num_sums(tag) + 1) * step + at + i] = number if seen else nan
+
+
+@njit(**COPYING)
+def empty_window(tag, y, stats, at, width, step):
+    for i in range(width):
+        y[at + i] = 0
+        if stats.size:
+            stats[(num_sums(tag) + 1) * step + at + i] = np.nan
+
+
+@njit(**JIT)
+def forward(
+    begin, end, ends, tag, x, weights, params, y, stats, table, size, inner, channels, step, group,
+    divisor,
+):  # fmt: skip
+    """One unit per window and block of inner elements."""
+    width, blocks = min(inner, BLOCK), (inner + BLOCK - 1) // BLOCK
+    outs = table.shape[1]
+    b = np.zeros((13, group * width), y.dtype)
+    for unit in range(begin, end):
+        block, window = unit % blocks, unit // blocks
+        plane, o = window // outs, window % outs
+        c = block * BLOCK
+        m = min(width, inner - c)
+        first, count = table[plane % table.shape[0], o, 0], table[plane % table.shape[0], o, 1]
+        if unit == begin or params.size > 1:
+            parameters(
+                b[4], params, plane, channels, inner, c, width if params.size == 1 else m, group
+            )
+        at = window * inner + c
+        if count == 0:
+            empty_window(tag, y, stats, at, m, y.size)
+            continue
+        begins = (plane * size + first) * inner + c
+        reduce_window(tag, b, x, weights, begins, count, step * inner, m, group)
+        extra = table[plane % table.shape[0], o, 2:3]
+        end_window(tag, b, y, stats, at, m, y.size, count, extra, divisor)
+
+
+@njit(**COPYING)
+def tap_lanes(b, x, weights, base, table, j, step):
+    """Tap j of several windows, one lane each. Returns whether every window has it, with weight
+    1."""
+    whole = weights.size == 0
+    for i in range(table.shape[0]):
+        has = j < table[i, 1]
+        at = base + table[i, 0] + j * step if has else 0
+        b[0, i] = element(x, at) if has and x.size else b.dtype.type(0)
+        if weights.size:
+            b[1, i] = element(weights, at) if has else b.dtype.type(0)
+        else:
+            b[1, i] = b.dtype.type(1) if has else b.dtype.type(0)
+        whole = whole and has
+    return whole
+
+
+@njit(**COPYING)
+def reduce_short(tag, b, x, weights, base, table, step, longest):
+    """Anchors, sums and n of short windows, one lane each."""
+    m = table.shape[0]
+    t, w, a, n, p = b[0, :m], b[1, :m], b[2, :m], b[3, :m], b[4, :m]
+    a[:] = 0
+    n[:] = 0
+    if anchor(tag) == 1:
+        a[:] = -np.inf
+        for j in range(longest):
+            raise_anchor(tag, a, t, w, p, tap_lanes(b, x, weights, base, table, j, step))
+    elif anchor(tag) == 2:
+        for j in range(longest):
+            add_mean(a, n, t, w, tap_lanes(b, x, weights, base, table, j, step))
+        for i in range(m):
+            a[i] = a[i] / n[i] if n[i] != 0 else a[i]
+        n[:] = 0
+    b[5:9, :m] = 0
+    for j in range(longest):
+        plain = tap_lanes(b, x, weights, base, table, j, step)
+        add_lift(tag, b[5, :m], b[6, :m], b[7, :m], b[8, :m], n, t, w, a, p, plain)
+
+
+@njit(**JIT)
+def forward_planes(
+    begin, end, ends, tag, x, weights, params, y, stats, table, size, channels, step, divisor, per
+):
+    """One unit per plane with one inner element; `per` planes share a row of the table."""
+    outs = table.shape[1]
+    b = np.zeros((13, BLOCK), y.dtype)
+    for plane in range(begin, end):
+        rows = table[plane // per % table.shape[0]]
+        parameters(b[4], params, plane, channels, 1, 0, 1, BLOCK)
+        for o in range(0, outs, BLOCK):
+            part = rows[o : o + BLOCK]
+            longest = part[:, 1].max()
+            at = plane * outs + o
+            if longest < LANES:
+                reduce_short(tag, b, x, weights, plane * size, part, step, longest)
+                end_window(
+                    tag, b, y, stats, at, part.shape[0], y.size, 0, part[:, 2].copy(), divisor
+                )
+                continue
+            for i in range(part.shape[0]):
+                first, count = part[i, 0], part[i, 1]
+                if count == 0:
+                    empty_window(tag, y, stats, at + i, 1, y.size)
+                    continue
+                reduce_window(tag, b, x, weights, plane * size + first, count, step, 1, LANES)
+                end_window(tag, b, y, stats, at + i, 1, y.size, count, part[i, 2:3], divisor)
+
+
+# Accumulation, backward ---------------------------------------------------------
+
+
+@njit(**JIT)
+def parameter_sums(
+    begin, end, ends, tag, x, weights, params, stats, share, by_p, table, size, inner, channels,
+    step, group, per,
+):  # fmt: skip
+    """What the parameter gets through the terms of each window; one unit per window."""
+    outs = table.shape[1]
+    b = np.zeros((13, group * inner), params.dtype)
+    total = by_p.size
+    for window in range(begin, end):
+        plane, o = window // outs, window % outs
+        row = table[plane // per % table.shape[0], o]
+        at = window * inner
+        by_p[at : at + inner] = 0
+        if row[1] == 0:
+            continue
+        used = min(group, row[1])
+        parameters(b[4], params, plane, channels, inner, 0, inner, used)
+        for k in range(num_sums(tag)):
+            b[9 + k, :inner] = share[k * total + at : k * total + at + inner]
+            repeat(b[9 + k], inner, used)
+        b[2, :inner] = stats[at : at + inner]
+        repeat(b[2], inner, used)
+        b[5, : used * inner] = 0
+        begins = (plane * size + row[0]) * inner
+        sweep(3, tag, b, x, weights, begins, row[1], step * inner, inner, group)
+        fold(b[5], inner, used)
+        by_p[at : at + inner] = b[5, :inner]
+
+
+@njit(**COPYING)
+def send_rows(tag, b, x, weights, gx, gw, plane, size, inner, row, taps, step, group, fresh, plain):
+    """Sends a window's share to `taps` rows from `row` on."""
+    for j in range(0, taps, group):
+        rows = min(group, taps - j)
+        m = rows * inner
+        at = (plane * size + row + j * step) * inner
+        t, w, a, p = b[0, :m], b[1, :m], b[2, :m], b[4, :m]
+        d0, d1, d2, d3 = b[9, :m], b[10, :m], b[11, :m], b[12, :m]
+        fetch(t, x, at, rows, step * inner, inner)
+        if not plain:
+            fetch(w, weights, at, rows, step * inner, inner)
+        if gx.size:
+            send_dx(tag, gx[at : at + m], d0, d1, d2, d3, t, w, a, p, plain, fresh)
+        if gw.size:
+            send_dw(tag, gw[at : at + m], d0, d1, d2, d3, b[3, :m], t, w, a, p, fresh)
+
+
+@njit(**COPYING)
+def clear(out, plane, size, inner, begin, end):
+    if out.size and end > begin:
+        out[(plane * size + begin) * inner : (plane * size + end) * inner] = 0
+
+
+@njit(**COPYING)
+def window_share(tag, b, share, stats, params, at, total, plane, channels, inner, used):
+    """Coefficients, anchor, dL/dn and parameter of a window in lanes."""
+    slots = num_sums(tag)
+    for k in range(slots):
+        b[9 + k, :inner] = share[k * total + at : k * total + at + inner]
+        repeat(b[9 + k], inner, used)
+    b[3, :inner] = share[slots * total + at : slots * total + at + inner]
+    repeat(b[3], inner, used)
+    if stats.size:
+        b[2, :inner] = stats[at : at + inner]
+        repeat(b[2], inner, used)
+    if params.size > 1:
+        parameters(b[4], params, plane, channels, inner, 0, inner, used)
+
+
+@njit(**JIT)
+def backward(
+    begin, end, ends, tag, x, weights, params, stats, share, gx, gw, table, size, inner, channels,
+    step, group, per, blocks,
+):  # fmt: skip
+    """One unit per plane and block of rows. Each row gets what its windows send in their order;
+    `done` is the first row that has got nothing yet."""
+    outs = table.shape[1]
+    b = np.zeros((13, group * inner), params.dtype)
+    b[1] = 1
+    b[4] = params[0]
+    total = share.size // (num_sums(tag) + 1)
+    plain = weights.size == 0
+    for unit in range(begin, end):
+        plane, block = unit // blocks, unit % blocks
+        low, high = size * block // blocks, size * (block + 1) // blocks
+        done = low
+        if step > 1:
+            clear(gx, plane, size, inner, low, high)
+            clear(gw, plane, size, inner, low, high)
+            done = high
+        rows = table[plane // per % table.shape[0]]
+        for o in range(outs):
+            first, count = rows[o, 0], rows[o, 1]
+            if count == 0 or first >= high or first + (count - 1) * step < low:
+                continue
+            start = max(0, (low - first + step - 1) // step)
+            stop = min(count, (high - first + step - 1) // step)
+            if stop <= start:
+                continue
+            at = (plane * outs + o) * inner
+            used = min(group, stop - start)
+            window_share(tag, b, share, stats, params, at, total, plane, channels, inner, used)
+            if first > done:
+                clear(gx, plane, size, inner, done, first)
+                clear(gw, plane, size, inner, done, first)
+                done = first
+            known = stop if step > 1 else min(stop, max(start, done - first))
+            for part in range(2):
+                a, z = (start, known) if part == 0 else (known, stop)
+                if z > a:
+                    send_rows(
+                        tag, b, x, weights, gx, gw, plane, size, inner, first + a * step, z - a,
+                        step, group, part == 1, plain,
+                    )  # fmt: skip
+            if step == 1:
+                done = max(done, first + stop)
+        clear(gx, plane, size, inner, done, high)
+        clear(gw, plane, size, inner, done, high)
+
+
+# Selection ------------------------------------------------------------------------
+
+
+@njit(**COPYING)
+def better(tag, value, where, best, held):
+    """Whether a candidate wins over another of any place: NaN above all and the last of them, then
+    the best, then the first of equals."""
+    if where < 0:
+        return False
+    if held < 0:
+        return True
+    if value != value:
+        return (best == best) | (where > held)
+    if best != best:
+        return False
+    return beats(tag, value, best) or (where < held and not beats(tag, best, value))
+
+
+@njit(**COPYING)
+def choose(tag, best, held, t, live, j, width):
+    """Later candidates against the best so far; lane i holds tap `j + i // width`."""
+    if live.size:
+        for i in range(t.size):
+            wins = (live[i] != 0) & ((held[i] < 0) | beats(tag, t[i], best[i]))
+            best[i] = t[i] if wins else best[i]
+            held[i] = np.int32(j + i // width) if wins else held[i]
+    elif width == t.size:
+        for i in range(t.size):
+            wins = (held[i] < 0) | beats(tag, t[i], best[i])
+            best[i] = t[i] if wins else best[i]
+            held[i] = np.int32(j) if wins else held[i]
+    else:
+        for i in range(t.size):
+            wins = (held[i] < 0) | beats(tag, t[i], best[i])
+            best[i] = t[i] if wins else best[i]
+            held[i] = np.int32(j + i // width) if wins else held[i]
+
+
+@njit(**COPYING)
+def merge_lanes(tag, best, t):
+    for i in range(t.size):
+        best[i] = merge(tag, best[i], t[i])
+
+
+@njit(**COPYING)
+def select_window(tag, best, held, t, x, mask, live, at, count, step, width, group, places):
+    """The winner of one window in the first `width` lanes, with its place where `places` or under a
+    mask."""
+    used = min(group, count)
+    if not places and mask.size == 0:
+        fetch(best, x, at, used, step, width)
+        for j in range(used, count, group):
+            taps = min(group, count - j)
+            fetch(t, x, at + j * step, taps, step, width)
+            merge_lanes(tag, best[: taps * width], t[: taps * width])
+        for r in range(1, used):
+            merge_lanes(tag, best[:width], best[r * width : (r + 1) * width])
+        return
+    held[: used * width] = -1
+    for j in range(0, count, group):
+        taps = min(group, count - j)
+        m = taps * width
+        fetch(t, x, at + j * step, taps, step, width)
+        if mask.size:
+            fetch(live, mask, at + j * step, taps, step, width)
+        choose(tag, best[:m], held[:m], t[:m], live[: m if mask.size else 0], j, width)
+    for r in range(1, used):
+        for i in range(width):
+            k = r * width + i
+            if better(tag, best[k], held[k], best[i], held[i]):
+                best[i], held[i] = best[k], held[k]
+
+
+@njit(**JIT)
+def select_windows(begin, end, ends, tag, x, mask, y, state, table, size, inner, step, group, per):
+    """One unit per window and block of inner elements."""
+    width, blocks = min(inner, BLOCK), (inner + BLOCK - 1) // BLOCK
+    outs = table.shape[1]
+    best, t = empty_buffer(x, group * width), empty_buffer(x, group * width)
+    held, live = np.empty(group * width, np.int32), np.empty(group * width, np.uint8)
+    for unit in range(begin, end):
+        block, window = unit % blocks, unit // blocks
+        plane, o = window // outs, window % outs
+        c = block * BLOCK
+        m = min(width, inner - c)
+        row = table[plane // per % table.shape[0], o]
+        at = window * inner + c
+        held[:m] = -1
+        if row[1]:
+            begins = (plane * size + row[0]) * inner + c
+            select_window(
+                tag, best, held, t, x, mask, live, begins, row[1], step * inner, m, group,
+                state.size > 0,
+            )  # fmt: skip
+        whole = row[1] > 0 and state.size == 0 and mask.size == 0
+        for i in range(m):
+            y[at + i] = best[i] if whole or held[i] >= 0 else y.dtype.type(0)
+            if state.size:
+                state[at + i] = max(held[i], np.int32(0))
+
+
+@njit(**JIT)
+def scatter(begin, end, ends, grad, state, gx, table, size, inner, step, per, blocks):
+    """One unit per plane and block of rows: each winner gets its windows' gradients."""
+    outs = table.shape[1]
+    for unit in range(begin, end):
+        plane, block = unit // blocks, unit % blocks
+        low, high = size * block // blocks, size * (block + 1) // blocks
+        clear(gx, plane, size, inner, low, high)
+        rows = table[plane // per % table.shape[0]]
+        for o in range(outs):
+            first, count = rows[o, 0], rows[o, 1]
+            if count == 0 or first >= high or first + (count - 1) * step < low:
+                continue
+            at = (plane * outs + o) * inner
+            for c in range(inner):
+                row = first + state[at + c] * step
+                if low <= row < high:
+                    gx[(plane * size + row) * inner + c] += grad[at + c]
+
+
+# On several threads: each takes the units of its share of the work -------------------------
+
+
+@njit(parallel=True, **JIT)
+def forward_parallel(
+    shares, units, ends, tag, x, weights, params, y, stats, table, size, inner, channels, step,
+    group, divisor,
+):  # fmt: skip
+    for i in prange(shares):
+        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
+        forward(
+            begin, end, ends, tag, x, weights, params, y, stats, table, size, inner, channels, step,
+            group, divisor,
+        )  # fmt: skip
+
+
+@njit(parallel=True, **JIT)
+def forward_planes_parallel(
+    shares, units, ends, tag, x, weights, params, y, stats, table, size, channels, step, divisor,
+    per,
+):  # fmt: skip
+    for i in prange(shares):
+        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
+        forward_planes(
+            begin, end, ends, tag, x, weights, params, y, stats, table, size, channels, step,
+            divisor, per,
+        )  # fmt: skip
+
+
+@njit(parallel=True, **JIT)
+def parameter_sums_parallel(
+    shares, units, ends, tag, x, weights, params, stats, share, by_p, table, size, inner, channels,
+    step, group, per,
+):  # fmt: skip
+    for i in prange(shares):
+        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
+        parameter_sums(
+            begin, end, ends, tag, x, weights, params, stats, share, by_p, table, size, inner,
+            channels, step, group, per,
+        )  # fmt: skip
+
+
+@njit(parallel=True, **JIT)
+def backward_parallel(
+    shares, units, ends, tag, x, weights, params, stats, share, gx, gw, table, size, inner,
+    channels, step, group, per, blocks,
+):  # fmt: skip
+    for i in prange(shares):
+        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
+        backward(
+            begin, end, ends, tag, x, weights, params, stats, share, gx, gw, table, size, inner,
+            channels, step, group, per, blocks,
+        )  # fmt: skip
+
+
+@njit(parallel=True, **JIT)
+def select_windows_parallel(
+    shares, units, ends, tag, x, mask, y, state, table, size, inner, step, group, per
+):
+    for i in prange(shares):
+        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
+        select_windows(
+            begin, end, ends, tag, x, mask, y, state, table, size, inner, step, group, per
+        )
+
+
+@njit(parallel=True, **JIT)
+def scatter_parallel(shares, units, ends, grad, state, gx, table, size, inner, step, per, blocks):
+    for i in prange(shares):
+        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
+        scatter(begin, end, ends, grad, state, gx, table, size, inner, step, per, blocks)
+
+
+# From tensors to kernels ------------------------------------------------------------
+
+
+def _flat(t: Tensor, channels_last: bool) -> Any:
+    """The memory of a dense (N, C, *) as a flat array; half formats as their bits."""
+    t = t.movedim(1, -1) if channels_last and t.ndim > 2 else t
+    t = t.detach().reshape(-1)
+    if t.dtype in (torch.bfloat16, torch.float16):
+        record = BRAIN if t.dtype == torch.bfloat16 else HALF
+        return t.view(torch.uint16).numpy().view(record)
+    return t.view(torch.uint8).numpy() if t.dtype == torch.bool else t.numpy()
+
+
+class _Batch(NamedTuple):
+    """A batch of windows as numbers and arrays."""
+
+    channels_last: bool
+    table: Any
+    size: int
+    planes: int
+    inner: int
+    channels: int
+    step: int
+    group: int
+    per: int
+
+    @property
+    def windows(self) -> int:
+        """Number of windows of all planes."""
+        return self.planes * int(self.table.shape[1])
+
+    @property
+    def work(self) -> Any:
+        """Taps of the windows of each plane that has a table of its own, and a little more for each
+        window."""
+        return self.table[:, :, 1] + 4
+
+    def window_ends(self, blocks: int) -> Any:
+        """Running sum of the work, by window and block of inner elements."""
+        work = np.repeat(self.work, self.per, 0) if self.per > 1 else self.work
+        work = np.tile(work, (self.planes // work.shape[0], 1))
+        return np.cumsum(np.repeat(work.reshape(-1), blocks))
+
+    def plane_ends(self, blocks: int) -> Any:
+        """Running sum of the work, by plane and block of rows."""
+        work = np.repeat(self.work.sum(1) + self.size, self.per)
+        return np.cumsum(np.repeat(np.tile(work, self.planes // work.shape[0]), blocks))
+
+    @property
+    def elements(self) -> int:
+        """Elements that the windows read."""
+        taps = int(self.table[:, :, 1].sum())
+        return taps * self.planes * self.inner // int(self.table.shape[0])
+
+    def row_blocks(self, traffic: int) -> int:
+        """Into how many blocks of rows the planes are cut."""
+        wanted = 4 * threads.count(traffic)
+        return 1 if self.planes >= wanted else max(1, min(wanted // self.planes, self.size // 64))
+
+
+def _batch(like: Tensor, starts: Tensor, axis: Axis, channels_last: bool) -> _Batch:
+    n, c = like.shape[:2]
+    inner = c if channels_last else 1
+    table = starts[:, 0, 0].contiguous().numpy()
+    group = 1 if inner >= NARROW else max(1, LANES // inner)
+    planes = n if channels_last else n * c
+    per = 1 if channels_last or table.shape[0] == 1 else c
+    return _Batch(channels_last, table, axis.in_size, planes, inner, c, axis.dilation, group, per)
+
+
+def _run(kernel: Any, parallel: Any, units: int, traffic: int, ends: Any, *args: Any) -> None:
+    """Runs a kernel; `ends()` gives the running sum of the units' work where threads share it."""
+    found = ends() if threads.count(traffic) > 1 else np.zeros(1, np.int64)
+    threads.run(kernel, parallel, units, traffic, found, *args)
+
+
+def _why_not(starts: Tensor, axes: Sequence[Axis]) -> str | None:
+    if starts.shape[1] != 1:
+        return "windows that differ from channel to channel are served by the reference"
+    if axes[0].in_size >= 1 << 31:
+        return "an axis of 2^31 elements or more is served by the reference"
+    return None
+
+
+def why_not_select(
+    x: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    reduction: Selection,
+    axes: Sequence[Axis],
+) -> str | None:
+    """Why these kernels do not serve a selection; None where they do."""
+    if type(reduction).key is not Selection.key:
+        return f"{type(reduction).__name__} has a key of its own"
+    if x.dtype not in _FLOATS | _INTEGERS:
+        return f"the CPU kernels do not serve {x.dtype}"
+    assert starts is not None
+    return _why_not(starts, axes)
+
+
+def select(
+    x: Tensor,
+    mask: Tensor | None,
+    starts: Tensor,
+    reduction: Selection,
+    axes: Sequence[Axis],
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Winners of all windows; see `reference.select`."""
+    outs, dtype = [axes[0].out_size], layout.state_dtype(axes)
+    if x.dtype in _WIDER:
+        y, state = select(x.to(_WIDER[x.dtype]), mask, starts, reduction, axes, save)
+        return y.to(x.dtype), state
+    is_half = x.dtype in (torch.float16, torch.bfloat16)
+    y = layout.empty_like(x, outs, torch.float32 if is_half else None)
+    state = torch.empty_like(y, dtype=torch.int32) if save else x.new_empty(0, dtype=torch.int32)
+    if y.numel():
+        channels_last = layout.is_channels_last(x)
+        batch = _batch(x, starts, axes[0], channels_last)
+        valid = x.new_empty(0, dtype=torch.bool)
+        if mask is not None:
+            valid = layout.to_layout(mask, channels_last)
+        arrays = [_flat(t, channels_last) for t in (x, valid, y, state)]
+        blocks = -(-batch.inner // BLOCK)
+        traffic = batch.elements * x.element_size()
+        _run(
+            select_windows, select_windows_parallel, batch.windows * blocks, traffic,
+            lambda: batch.window_ends(blocks), _LARGEST if reduction.largest else _SMALLEST,
+            *arrays, batch.table, batch.size, batch.inner, batch.step, batch.group, batch.per,
+        )  # fmt: skip
+    return y.to(x.dtype), state.to(dtype)
+
+
+def select_backward(grad: Tensor, state: Tensor, starts: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Sends the gradient of each window to its winner; see `reference.select_backward`."""
+    channels_last = layout.is_channels_last(state)
+    wide = layout.compute_dtype(grad.dtype)
+    gx = layout.empty_like(state, [axes[0].in_size], wide)
+    if gx.numel():
+        batch = _batch(state, starts, axes[0], channels_last)
+        sent = layout.to_layout(grad.to(wide), channels_last)
+        arrays = [_flat(t, channels_last) for t in (sent, state.to(torch.int32), gx)]
+        traffic = gx.numel() * gx.element_size()
+        blocks = batch.row_blocks(traffic)
+        _run(
+            scatter, scatter_parallel, batch.planes * blocks, traffic,
+            lambda: batch.plane_ends(blocks), *arrays, batch.table, batch.size, batch.inner,
+            batch.step, batch.per, blocks,
+        )  # fmt: skip
+    return gx.to(grad.dtype)
+
+
+def why_not_accumulate(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    reduction: Accumulation,
+    axes: Sequence[Axis],
+) -> str | None:
+    """Why these kernels do not serve an accumulation; None where they do."""
+    kind: Any = type(reduction)
+    if x.dtype not in _FLOATS:
+        return f"sums of {x.dtype} over such windows are served by the reference"
+    return formulas.why_not(kind)
+
+
+class _Call(NamedTuple):
+    """An accumulation as arrays."""
+
+    batch: _Batch
+    tag: Any
+    x: Any
+    weights: Any
+    params: Any
+    divisor: float
+    dtype: torch.dtype
+
+
+def _call(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    reduction: Accumulation,
+    batch: _Batch,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> _Call:
+    kind: Any = type(reduction)
+    effective = x.new_empty(0, dtype=dtype)
+    if mask is not None or weights is not None:
+        effective = torch.ones((), dtype=dtype) if weights is None else weights.detach().to(dtype)
+        effective = effective if mask is None else torch.where(mask, effective, 0)
+        effective = layout.to_layout(effective.expand(shape), batch.channels_last)
+    p = torch.zeros(1, dtype=dtype) if params is None else params.detach().to(dtype).contiguous()
+    divisor = 0.0
+    if isinstance(reduction, Mean) and reduction.divisor is not None:
+        divisor = float(reduction.divisor)
+    number = p.numpy().dtype.type
+    return _Call(
+        batch, formulas.tag(kind), _flat(x, batch.channels_last),
+        _flat(effective, batch.channels_last), p.numpy(), number(divisor), dtype,
+    )  # fmt: skip
+
+
+def _counted(batch: _Batch, reduction: Accumulation) -> Any:
+    """The table, with no padding counted but by a mean that does."""
+    if isinstance(reduction, Mean) and reduction.count_include_pad:
+        return batch.table
+    table = batch.table.copy()
+    table[:, :, 2] = 0
+    return table
+
+
+def accumulate(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    reduction: Accumulation,
+    axes: Sequence[Axis],
+    save: bool,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Values of all windows and what the backward pass needs; the latter lies in memory in the
+    order of the former."""
+    dtype = layout.compute_dtype(x.dtype)
+    outs = [axes[0].out_size]
+    y = layout.empty_like(x, outs, dtype)
+    stats = layout.empty_stats(x, outs, reduction, save)
+    if y.numel():
+        channels_last = layout.is_channels_last(x)
+        batch = _batch(x, starts, axes[0], channels_last)
+        call = _call(x, mask, weights, params, reduction, batch, x.shape, dtype)
+        _forward(call, _flat(y, channels_last), stats.reshape(-1).numpy(), reduction)
+    return y.to(x.dtype), stats
+
+
+def _forward(call: _Call, y: Any, stats: Any, reduction: Accumulation) -> None:
+    batch = call.batch
+    table = _counted(batch, reduction)
+    traffic = batch.elements * y.itemsize
+    arrays = (call.tag, call.x, call.weights, call.params, y, stats, table, batch.size)
+    if batch.inner == 1:
+        _run(
+            forward_planes, forward_planes_parallel, batch.planes, traffic,
+            lambda: batch.plane_ends(1), *arrays, batch.channels, batch.step, call.divisor,
+            batch.per,
+        )  # fmt: skip
+        return
+    blocks = -(-batch.inner // BLOCK)
+    _run(
+        forward, forward_parallel, batch.windows * blocks, traffic,
+        lambda: batch.window_ends(blocks), *arrays, batch.inner, batch.channels, batch.step,
+        batch.group, call.divisor,
+    )  # fmt: skip
+
+
+def _room(grad: Tensor, size: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """An uninitialised (N, C, size) in the given layout."""
+    n, c = grad.shape[:2]
+    if channels_last:
+        return grad.new_empty((n, size, c), dtype=dtype).movedim(-1, 1)
+    return grad.new_empty((n, c, size), dtype=dtype)
+
+
+def accumulate_backward(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    stats: Tensor,
+    reduction: Accumulation,
+    axes: Sequence[Axis],
+    needs: Sequence[bool],
+    starts: Tensor,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, weights and params; those not needed come as empty tensors."""
+    dtype = layout.compute_dtype(grad.dtype)
+    shape = (*grad.shape[:2], axes[0].in_size)
+    gx, gw = (
+        _room(grad, axes[0].in_size, dtype, channels_last)
+        if needed
+        else grad.new_empty(0, dtype=dtype)
+        for needed in needs[:2]
+    )
+    gp = torch.zeros(0 if params is None or not needs[2] else params.shape, dtype=dtype)
+    if not grad.numel():
+        return gx.zero_().to(grad.dtype), gw.zero_(), gp
+    batch = _batch(grad, starts, axes[0], channels_last)
+    call = _call(x, mask, weights, params, reduction, batch, shape, dtype)
+    if not stats.numel() and not (reduction.linear and weights is None and mask is None):
+        stats = torch.zeros((reduction.num_sums + 2, grad.numel()), dtype=dtype)
+        _forward(call, np.empty(grad.numel(), call.params.dtype), stats.reshape(-1).numpy(),
+                 reduction)  # fmt: skip
+    share, through = _shares(grad.to(dtype), stats, params, reduction, call)
+    arrays = (call.tag, call.x, call.weights, call.params, stats.reshape(-1).numpy(), share)
+    geometry = (batch.table, batch.size, batch.inner, batch.channels, batch.step, batch.group)
+    traffic = batch.elements * gx.element_size() * 2
+    if needs[0] or needs[1]:
+        blocks = batch.row_blocks(traffic)
+        made = (_flat(gx, channels_last), _flat(gw, channels_last))
+        units = batch.planes * blocks
+        group = batch.group if batch.step == 1 else 1
+        _run(
+            backward, backward_parallel, units, traffic, lambda: batch.plane_ends(blocks), *arrays,
+            *made, *geometry[:-1], group, batch.per, blocks,
+        )  # fmt: skip
+    if needs[2]:
+        by_p = np.empty(grad.numel(), share.dtype)
+        _run(
+            parameter_sums, parameter_sums_parallel, batch.windows, traffic,
+            lambda: batch.window_ends(1), *arrays, by_p, *geometry, batch.per,
+        )  # fmt: skip
+        gp = _parameter_gradient(by_p + through, grad, call)
+    return gx.to(grad.dtype), gw, gp
+
+
+def _shares(
+    grad: Tensor, stats: Tensor, params: Tensor | None, reduction: Accumulation, call: _Call
+) -> tuple[Any, Any]:
+    """dL/ds_k and dL/dn of every window as one flat array, and dL/dp through `finish`, in the order
+    of memory."""
+    batch = call.batch
+    n, c, outs = grad.shape
+    shape, along = ((n, outs, c), (1, 1, -1)) if batch.channels_last else ((n, c, outs), (1, -1, 1))
+    g = layout.to_layout(grad, batch.channels_last)
+    g = g.movedim(1, -1) if batch.channels_last else g
+    if stats.numel():
+        a, *sums, number = stats.reshape(reduction.num_sums + 2, *shape).unbind(0)
+    else:
+        a, sums = torch.zeros(()), [torch.zeros(())] * reduction.num_sums
+        table = torch.from_numpy(_counted(batch, reduction))
+        number = (table[..., 1] + table[..., 2]).to(grad.dtype)
+        number = torch.full_like(number, call.divisor) if call.divisor else number
+        number = torch.where(table[..., 1] > 0, number, torch.nan)
+        number = number.unsqueeze(-1 if batch.channels_last else 1)
+    p = torch.from_numpy(call.params).reshape(along)
+    by_sums, by_p = reference.shares(reduction, g, a, sums, number, p, call.divisor)
+    return by_sums.reshape(-1).numpy(), by_p.reshape(-1).numpy()
+
+
+def _parameter_gradient(by_p: Any, grad: Tensor, call: _Call) -> Tensor:
+    """Sums by channel in float64, in one order whatever the number of threads."""
+    n, c, outs = grad.shape
+    if call.batch.channels_last:
+        by_p = by_p.reshape(n, outs, c)
+    else:
+        by_p = by_p.reshape(n, c, outs).transpose(0, 2, 1)
+    total = by_p.sum((0, 1), dtype=np.float64)
+    total = total.sum(keepdims=True) if call.params.size == 1 else total
+    return torch.from_numpy(total).to(call.dtype)
