@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchpool.kernels import layout, reference
-from torchpool.kernels.gpu import _formula, _on, _wide, _why_not
+from torchpool.kernels.gpu import _formula, _on, _why_not, _wide
 from torchpool.reductions import Accumulation, Max, Mean, Min, Selection
 from torchpool.windows import Axis
 
@@ -343,9 +343,7 @@ def select(
     return y, state
 
 
-def select_backward(
-    grad: Tensor, state: Tensor, starts: Tensor, axes: Sequence[Axis]
-) -> Tensor:
+def select_backward(grad: Tensor, state: Tensor, starts: Tensor, axes: Sequence[Axis]) -> Tensor:
     """Sends the gradient of each window to its winner; see `reference.select_backward`."""
     size, step = axes[0].in_size, axes[0].dilation
     gx = layout.empty_like(state, [size], grad.dtype)
@@ -453,9 +451,7 @@ def accumulate(
     y = layout.empty_like(x, [axes[0].out_size])
     stats = layout.empty_stats(x, [axes[0].out_size], reduction, save)
     if y.numel():
-        call = _call(
-            x.shape, layout.is_channels_last(x), mask, weights, params, reduction, x
-        )
+        call = _call(x.shape, layout.is_channels_last(x), mask, weights, params, reduction, x)
         _forward(x, y, stats, call, reduction, axes[0], starts)
     return y, stats
 
