@@ -52,8 +52,6 @@ LANES = 32
 """Lanes that a group of narrow rows is filled up to; a window of fewer taps is short."""
 NARROW = 16
 """Inner elements below which rows are grouped."""
-BLOCK = 256
-"""Inner elements (or short windows) that are worked on at a time."""
 
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _WIDER = {
@@ -80,10 +78,11 @@ def bound(ends, share, shares, units):
 
 @njit(**COPYING)
 def fetch(t, x, at, taps, step, width):
-    """`taps` rows of `width` elements, `step` apart, side by side; 0 where x is empty."""
+    """`taps` rows of `width` elements, `step` apart, side by side. Nothing where x is empty: the
+    lanes then stay 0."""
     if x.size == 0:
-        t[: taps * width] = 0
-    elif step == width:
+        return
+    if step == width:
         for i in range(taps * width):
             t[i] = element(x, at + i)
     else:
@@ -92,126 +91,176 @@ def fetch(t, x, at, taps, step, width):
                 t[r * width + i] = element(x, at + r * step + i)
 
 
-@njit(**COPYING)
-def repeat(row, width, times):
-    """Copies the first `width` elements `times` - 1 times behind themselves."""
-    for r in range(1, times):
-        for i in range(width):
-            row[r * width + i] = row[i]
+# Lanes: one flat array whose rows lie a constant apart, so that the compiler sees that they do not
+# overlap -------------------------------------------------------------------------
+
+U = np.uint64
+ROOM = 256
+"""Elements of a row of lanes."""
+TAP, WEIGHT, ANCHOR, COUNT, PARAM, SENT, BY_N = (U(ROOM * k) for k in range(7))
+S0, S1, S2, S3, D0, D1, D2, D3 = (U(ROOM * k) for k in range(7, 15))
+ROWS = 15
 
 
 @njit(**COPYING)
-def fold(row, width, times):
+def fill(b, row, m, value):
+    for i in range(U(m)):
+        b[row + i] = value
+
+
+@njit(**COPYING)
+def repeat(b, row, width, times):
+    """Copies the first `width` lanes `times` - 1 times behind themselves."""
+    for i in range(U(width), U(width * times)):
+        b[row + i] = b[row + i - U(width)]
+
+
+@njit(**COPYING)
+def fold(b, row, width, times):
     """Adds `times` groups of lanes up into the first."""
     for r in range(1, times):
-        for i in range(width):
-            row[i] += row[r * width + i]
+        for i in range(U(width)):
+            b[row + i] += b[row + U(r * width) + i]
 
 
 @njit(**COPYING)
-def parameters(p, params, plane, channels, inner, begin, width, times):
+def take(b, row, source, at, width, times):
+    """Reads the first `width` lanes of a row and repeats them."""
+    for i in range(U(width)):
+        b[row + i] = source[U(at) + i]
+    repeat(b, row, width, times)
+
+
+@njit(**COPYING)
+def parameters(b, params, plane, channels, inner, begin, width, times):
     """The parameter of each lane."""
+    if params.size == 1:
+        fill(b, PARAM, width * times, params[0])
+        return
     for i in range(width):
-        channel = begin + i if inner > 1 or channels == 1 else plane % channels
-        p[i] = params[channel if params.size > 1 else 0]
-    repeat(p, width, times)
+        b[PARAM + U(i)] = params[begin + i if inner > 1 or channels == 1 else plane % channels]
+    repeat(b, PARAM, width, times)
 
 
 # Formulas over lanes ----------------------------------------------------------
 
 
 @njit(**COPYING)
-def raise_anchor(tag, a, t, w, p, plain):
-    for i in range(t.size):
-        k = key(tag, t[i], p[i])
-        wins = (plain | (w[i] != 0)) & ((k > a[i]) | (k != k))
-        a[i] = k if wins else a[i]
+def raise_anchor(tag, b, m, plain):
+    for i in range(U(m)):
+        k = key(tag, b[TAP + i], b[PARAM + i])
+        wins = (plain | (b[WEIGHT + i] != 0)) & ((k > b[ANCHOR + i]) | (k != k))
+        b[ANCHOR + i] = k if wins else b[ANCHOR + i]
 
 
 @njit(**COPYING)
-def add_mean(a, n, t, w, plain):
+def add_mean(b, m, plain):
     if plain:
-        for i in range(t.size):
-            a[i] += t[i]
-            n[i] += 1
-    else:
-        for i in range(t.size):
-            a[i] += w[i] * t[i] if w[i] != 0 else w[i]
-            n[i] += w[i]
-
-
-@njit(**COPYING)
-def add_lift(tag, s0, s1, s2, s3, n, t, w, a, p, plain):
-    count = num_sums(tag)
-    if plain:
-        for i in range(t.size):
-            l0, l1, l2, l3 = padded(lift(tag, t[i], a[i], p[i]))
-            s0[i] += l0
-            if count > 1:
-                s1[i] += l1
-            if count > 2:
-                s2[i] += l2
-            if count > 3:
-                s3[i] += l3
-            n[i] += 1
+        for i in range(U(m)):
+            b[ANCHOR + i] += b[TAP + i]
         return
-    for i in range(t.size):
-        l0, l1, l2, l3 = padded(lift(tag, t[i], a[i], p[i]))
-        live = w[i] != 0
-        s0[i] += w[i] * l0 if live else w[i]
-        if count > 1:
-            s1[i] += w[i] * l1 if live else w[i]
-        if count > 2:
-            s2[i] += w[i] * l2 if live else w[i]
-        if count > 3:
-            s3[i] += w[i] * l3 if live else w[i]
-        n[i] += w[i]
+    for i in range(U(m)):
+        w = b[WEIGHT + i]
+        b[ANCHOR + i] += w * b[TAP + i] if w != 0 else w
+        b[COUNT + i] += w
 
 
 @njit(**COPYING)
-def chain(tag, d0, d1, d2, d3, l0, l1, l2, l3):
+def add_lift_of(tag, b, x, at, m):
+    """As `add_lift`, of elements that lie side by side in x and have no weights."""
+    for i in range(U(m)):
+        l0, l1, l2, l3 = padded(lift(tag, element(x, at + i), b[ANCHOR + i], b[PARAM + i]))
+        b[S0 + i] += l0
+        if num_sums(tag) > 1:
+            b[S1 + i] += l1
+        if num_sums(tag) > 2:
+            b[S2 + i] += l2
+        if num_sums(tag) > 3:
+            b[S3 + i] += l3
+
+
+@njit(**COPYING)
+def add_lift(tag, b, m, plain):
+    if plain:
+        for i in range(U(m)):
+            l0, l1, l2, l3 = padded(lift(tag, b[TAP + i], b[ANCHOR + i], b[PARAM + i]))
+            b[S0 + i] += l0
+            if num_sums(tag) > 1:
+                b[S1 + i] += l1
+            if num_sums(tag) > 2:
+                b[S2 + i] += l2
+            if num_sums(tag) > 3:
+                b[S3 + i] += l3
+        return
+    for i in range(U(m)):
+        l0, l1, l2, l3 = padded(lift(tag, b[TAP + i], b[ANCHOR + i], b[PARAM + i]))
+        w = b[WEIGHT + i]
+        live = w != 0
+        b[S0 + i] += w * l0 if live else w
+        if num_sums(tag) > 1:
+            b[S1 + i] += w * l1 if live else w
+        if num_sums(tag) > 2:
+            b[S2 + i] += w * l2 if live else w
+        if num_sums(tag) > 3:
+            b[S3 + i] += w * l3 if live else w
+        b[COUNT + i] += w
+
+
+@njit(**COPYING)
+def chain(tag, b, i, l0, l1, l2, l3):
     """Sum over k of dL/ds_k times the k-th term."""
-    total = d0 * l0
+    total = b[D0 + i] * l0
     if num_sums(tag) > 1:
-        total += d1 * l1
+        total += b[D1 + i] * l1
     if num_sums(tag) > 2:
-        total += d2 * l2
+        total += b[D2 + i] * l2
     if num_sums(tag) > 3:
-        total += d3 * l3
+        total += b[D3 + i] * l3
     return total
 
 
 @njit(**COPYING)
-def add_lift_dp(tag, total, d0, d1, d2, d3, t, w, a, p, plain):
-    for i in range(t.size):
-        l0, l1, l2, l3 = padded(lift_dp(tag, t[i], a[i], p[i]))
-        sent = chain(tag, d0[i], d1[i], d2[i], d3[i], l0, l1, l2, l3)
-        if plain:
-            total[i] += sent
-        else:
-            total[i] = total[i] + w[i] * sent if w[i] != 0 else total[i]
+def add_lift_dp(tag, b, m, plain):
+    for i in range(U(m)):
+        l0, l1, l2, l3 = padded(lift_dp(tag, b[TAP + i], b[ANCHOR + i], b[PARAM + i]))
+        sent = chain(tag, b, i, l0, l1, l2, l3)
+        w = b[WEIGHT + i]
+        b[S0 + i] += sent if plain else (w * sent if w != 0 else w)
 
 
 @njit(**COPYING)
-def send_dx(tag, out, d0, d1, d2, d3, t, w, a, p, plain, fresh):
-    """What a window sends to elements; `fresh` ones have got nothing yet."""
-    zero = out.dtype.type(0)
-    for i in range(t.size):
-        l0, l1, l2, l3 = padded(lift_dx(tag, t[i], a[i], p[i]))
-        sent = chain(tag, d0[i], d1[i], d2[i], d3[i], l0, l1, l2, l3)
-        if not plain:
-            sent = w[i] * sent if w[i] != 0 else zero
-        out[i] = sent if fresh else out[i] + sent
+def send_dx(tag, b, m, plain):
+    """What a window sends to the elements of its taps."""
+    if plain:
+        for i in range(U(m)):
+            l0, l1, l2, l3 = padded(lift_dx(tag, b[TAP + i], b[ANCHOR + i], b[PARAM + i]))
+            b[SENT + i] = chain(tag, b, i, l0, l1, l2, l3)
+        return
+    for i in range(U(m)):
+        l0, l1, l2, l3 = padded(lift_dx(tag, b[TAP + i], b[ANCHOR + i], b[PARAM + i]))
+        w = b[WEIGHT + i]
+        b[SENT + i] = w * chain(tag, b, i, l0, l1, l2, l3) if w != 0 else w
 
 
 @njit(**COPYING)
-def send_dw(tag, out, d0, d1, d2, d3, dn, t, w, a, p, fresh):
-    zero = out.dtype.type(0)
-    for i in range(t.size):
-        l0, l1, l2, l3 = padded(lift(tag, t[i], a[i], p[i]))
-        sent = chain(tag, d0[i], d1[i], d2[i], d3[i], l0, l1, l2, l3) + dn[i]
-        sent = sent if w[i] != 0 else zero
-        out[i] = sent if fresh else out[i] + sent
+def send_dw(tag, b, m):
+    """What a window sends to the weights of its taps."""
+    zero = b.dtype.type(0)
+    for i in range(U(m)):
+        l0, l1, l2, l3 = padded(lift(tag, b[TAP + i], b[ANCHOR + i], b[PARAM + i]))
+        sent = chain(tag, b, i, l0, l1, l2, l3) + b[BY_N + i]
+        b[SENT + i] = sent if b[WEIGHT + i] != 0 else zero
+
+
+@njit(**COPYING)
+def deliver(out, at, b, m, fresh):
+    """Adds what was sent; `fresh` elements have got nothing yet."""
+    if fresh:
+        for i in range(U(m)):
+            out[U(at) + i] = b[SENT + i]
+    else:
+        for i in range(U(m)):
+            out[U(at) + i] += b[SENT + i]
 
 
 # Accumulation, forward ----------------------------------------------------------
@@ -220,74 +269,94 @@ def send_dw(tag, out, d0, d1, d2, d3, dn, t, w, a, p, fresh):
 @njit(**COPYING)
 def sweep(goal, tag, b, x, weights, at, count, step, width, group):
     """Visits all taps of a window, `group` rows at a time: 0 raises the anchor, 1 sums for the
-    mean, 2 sums lifts, 3 sums what the parameter gets. Rows of b: t, w, a, n, p, four sums, four
-    coefficients."""
+    mean, 2 sums lifts, 3 sums what the parameter gets."""
+    plain = weights.size == 0
     for j in range(0, count, group):
         taps = min(group, count - j)
         m = taps * width
-        t, w = b[0, :m], b[1, :m]
-        fetch(t, x, at + j * step, taps, step, width)
-        plain = weights.size == 0
+        if goal == 2 and plain and x.size and (step == width or taps == 1):
+            add_lift_of(tag, b, x, U(at + j * step), m)
+            continue
+        fetch(b[TAP : TAP + U(m)], x, at + j * step, taps, step, width)
         if not plain:
-            fetch(w, weights, at + j * step, taps, step, width)
-        a, n, p = b[2, :m], b[3, :m], b[4, :m]
+            fetch(b[WEIGHT : WEIGHT + U(m)], weights, at + j * step, taps, step, width)
         if goal == 0:
-            raise_anchor(tag, a, t, w, p, plain)
+            raise_anchor(tag, b, m, plain)
         elif goal == 1:
-            add_mean(a, n, t, w, plain)
+            add_mean(b, m, plain)
         elif goal == 2:
-            add_lift(tag, b[5, :m], b[6, :m], b[7, :m], b[8, :m], n, t, w, a, p, plain)
+            add_lift(tag, b, m, plain)
         else:
-            add_lift_dp(tag, b[5, :m], b[9], b[10], b[11], b[12], t, w, a, p, plain)
+            add_lift_dp(tag, b, m, plain)
+
+
+@njit(**COPYING)
+def clear_sums(tag, b, m):
+    zero = b.dtype.type(0)
+    fill(b, COUNT, m, zero)
+    for k in range(num_sums(tag)):
+        fill(b, S0 + U(k * ROOM), m, zero)
+
+
+@njit(**COPYING)
+def divide_anchor(b, m):
+    for i in range(U(m)):
+        n = b[COUNT + i]
+        b[ANCHOR + i] = b[ANCHOR + i] / n if n != 0 else b[ANCHOR + i]
 
 
 @njit(**COPYING)
 def reduce_window(tag, b, x, weights, at, count, step, width, group):
     """Anchor, sums and n of one window, in the first `width` lanes."""
+    number = b.dtype.type
     used = min(group, count)
     m = used * width
-    a, n = b[2], b[3]
-    a[:m] = 0
-    n[:m] = 0
+    plain = weights.size == 0
+    fill(b, ANCHOR, m, number(0))
     if anchor(tag) == 1:
-        a[:m] = -np.inf
+        fill(b, ANCHOR, m, number(-np.inf))
         sweep(0, tag, b, x, weights, at, count, step, width, group)
         for r in range(1, used):
-            for i in range(width):
-                k = a[r * width + i]
-                a[i] = k if (k > a[i]) | (k != k) else a[i]
-        repeat(a, width, used)
+            for i in range(U(width)):
+                k = b[ANCHOR + U(r * width) + i]
+                b[ANCHOR + i] = k if (k > b[ANCHOR + i]) | (k != k) else b[ANCHOR + i]
+        repeat(b, ANCHOR, width, used)
     elif anchor(tag) == 2:
+        fill(b, COUNT, m, number(0))
         sweep(1, tag, b, x, weights, at, count, step, width, group)
-        fold(a, width, used)
-        fold(n, width, used)
-        for i in range(width):
-            a[i] = a[i] / n[i] if n[i] != 0 else a[i]
-        repeat(a, width, used)
-        n[:m] = 0
-    for k in range(num_sums(tag)):
-        b[5 + k, :m] = 0
+        fold(b, ANCHOR, width, used)
+        fold(b, COUNT, width, used)
+        if plain:
+            fill(b, COUNT, width, number(count))
+        divide_anchor(b, width)
+        repeat(b, ANCHOR, width, used)
+    clear_sums(tag, b, m)
     sweep(2, tag, b, x, weights, at, count, step, width, group)
-    fold(n, width, used)
+    fold(b, COUNT, width, used)
     for k in range(num_sums(tag)):
-        fold(b[5 + k], width, used)
+        fold(b, S0 + U(k * ROOM), width, used)
+    if plain:
+        fill(b, COUNT, width, number(count))
 
 
 @njit(**COPYING)
-def end_window(tag, b, y, stats, at, width, step, count, extra, divisor):
+def end_window(tag, b, y, stats, at, width, step, extra, divisor):
     """Writes values and statistics of `width` lanes; n is NaN where the window is empty."""
-    zero, nan = y.dtype.type(0), y.dtype.type(np.nan)
-    s0, s1, s2, s3, a, n, p = b[5], b[6], b[7], b[8], b[2], b[3], b[4]
-    for i in range(width):
-        seen = n[i] > least(tag, p[i])
-        number = divisor if divisor != 0 else n[i] + extra[i if extra.size > 1 else 0]
-        value = finish(tag, trimmed(tag, (s0[i], s1[i], s2[i], s3[i])), number, a[i], p[i])
-        y[at + i] = value if seen else zero
+    number = y.dtype.type
+    zero, nan = number(0), number(np.nan)
+    for k in range(width):
+        i = U(k)
+        n, a, p = b[COUNT + i], b[ANCHOR + i], b[PARAM + i]
+        seen = n > least(tag, p)
+        counted = divisor if divisor != 0 else n + number(extra[k if extra.size > 1 else 0])
+        sums = (b[S0 + i], b[S1 + i], b[S2 + i], b[S3 + i])
+        value = finish(tag, trimmed(tag, sums), counted, a, p)
+        y[at + k] = value if seen else zero
         if stats.size:
-            stats[at + i] = a[i]
-            for k in range(num_sums(tag)):
-                stats[(k + 1) * step + at + i] = b[5 + k, i]
-            stats[(num_sums(tag) + 1) * step + at + i] = number if seen else nan
+            stats[at + k] = a
+            for slot in range(num_sums(tag)):
+                stats[(slot + 1) * step + at + k] = sums[slot]
+            stats[(num_sums(tag) + 1) * step + at + k] = counted if seen else nan
 
 
 @njit(**COPYING)
@@ -304,67 +373,75 @@ def forward(
     divisor,
 ):  # fmt: skip
     """One unit per window and block of inner elements."""
-    width, blocks = min(inner, BLOCK), (inner + BLOCK - 1) // BLOCK
+    width, blocks = min(inner, ROOM), (inner + ROOM - 1) // ROOM
     outs = table.shape[1]
-    b = np.zeros((13, group * width), y.dtype)
+    b = np.zeros(ROWS * ROOM, y.dtype)
     for unit in range(begin, end):
         block, window = unit % blocks, unit // blocks
         plane, o = window // outs, window % outs
-        c = block * BLOCK
+        c = block * ROOM
         m = min(width, inner - c)
         first, count = table[plane % table.shape[0], o, 0], table[plane % table.shape[0], o, 1]
-        if unit == begin or params.size > 1:
-            parameters(
-                b[4], params, plane, channels, inner, c, width if params.size == 1 else m, group
-            )
         at = window * inner + c
+        if unit == begin or params.size > 1:
+            parameters(b, params, plane, channels, inner, c, m if params.size > 1 else width, group)
         if count == 0:
             empty_window(tag, y, stats, at, m, y.size)
             continue
         begins = (plane * size + first) * inner + c
         reduce_window(tag, b, x, weights, begins, count, step * inner, m, group)
         extra = table[plane % table.shape[0], o, 2:3]
-        end_window(tag, b, y, stats, at, m, y.size, count, extra, divisor)
+        end_window(tag, b, y, stats, at, m, y.size, extra, divisor)
 
 
 @njit(**COPYING)
 def tap_lanes(b, x, weights, base, table, j, step):
     """Tap j of several windows, one lane each. Returns whether every window has it, with weight
     1."""
+    zero, one = b.dtype.type(0), b.dtype.type(1)
     whole = weights.size == 0
-    for i in range(table.shape[0]):
-        has = j < table[i, 1]
-        at = base + table[i, 0] + j * step if has else 0
-        b[0, i] = element(x, at) if has and x.size else b.dtype.type(0)
+    for k in range(table.shape[0]):
+        has = j < table[k, 1]
+        at = base + table[k, 0] + j * step if has else 0
+        b[TAP + U(k)] = element(x, at) if has and x.size else zero
         if weights.size:
-            b[1, i] = element(weights, at) if has else b.dtype.type(0)
+            b[WEIGHT + U(k)] = element(weights, at) if has else zero
         else:
-            b[1, i] = b.dtype.type(1) if has else b.dtype.type(0)
+            b[WEIGHT + U(k)] = one if has else zero
         whole = whole and has
     return whole
 
 
 @njit(**COPYING)
+def count_tap(b, m, plain):
+    """Counts a tap that every lane has."""
+    if plain:
+        one = b.dtype.type(1)
+        for i in range(U(m)):
+            b[COUNT + i] += one
+
+
+@njit(**COPYING)
 def reduce_short(tag, b, x, weights, base, table, step, longest):
     """Anchors, sums and n of short windows, one lane each."""
+    number = b.dtype.type
     m = table.shape[0]
-    t, w, a, n, p = b[0, :m], b[1, :m], b[2, :m], b[3, :m], b[4, :m]
-    a[:] = 0
-    n[:] = 0
+    fill(b, ANCHOR, m, number(-np.inf if anchor(tag) == 1 else 0))
     if anchor(tag) == 1:
-        a[:] = -np.inf
         for j in range(longest):
-            raise_anchor(tag, a, t, w, p, tap_lanes(b, x, weights, base, table, j, step))
+            raise_anchor(tag, b, m, tap_lanes(b, x, weights, base, table, j, step))
     elif anchor(tag) == 2:
+        fill(b, COUNT, m, number(0))
         for j in range(longest):
-            add_mean(a, n, t, w, tap_lanes(b, x, weights, base, table, j, step))
-        for i in range(m):
-            a[i] = a[i] / n[i] if n[i] != 0 else a[i]
-        n[:] = 0
-    b[5:9, :m] = 0
+            plain = tap_lanes(b, x, weights, base, table, j, step)
+            add_mean(b, m, plain)
+            count_tap(b, m, plain)
+        divide_anchor(b, m)
+    clear_sums(tag, b, m)
     for j in range(longest):
         plain = tap_lanes(b, x, weights, base, table, j, step)
-        add_lift(tag, b[5, :m], b[6, :m], b[7, :m], b[8, :m], n, t, w, a, p, plain)
+        add_lift(tag, b, m, plain)
+        count_tap(b, m, plain)
 
 
 @njit(**JIT)
@@ -373,19 +450,17 @@ def forward_planes(
 ):
     """One unit per plane with one inner element; `per` planes share a row of the table."""
     outs = table.shape[1]
-    b = np.zeros((13, BLOCK), y.dtype)
+    b = np.zeros(ROWS * ROOM, y.dtype)
     for plane in range(begin, end):
         rows = table[plane // per % table.shape[0]]
-        parameters(b[4], params, plane, channels, 1, 0, 1, BLOCK)
-        for o in range(0, outs, BLOCK):
-            part = rows[o : o + BLOCK]
+        parameters(b, params, plane, channels, 1, 0, 1, ROOM)
+        for o in range(0, outs, ROOM):
+            part = rows[o : o + ROOM]
             longest = part[:, 1].max()
             at = plane * outs + o
             if longest < LANES:
                 reduce_short(tag, b, x, weights, plane * size, part, step, longest)
-                end_window(
-                    tag, b, y, stats, at, part.shape[0], y.size, 0, part[:, 2].copy(), divisor
-                )
+                end_window(tag, b, y, stats, at, part.shape[0], y.size, part[:, 2], divisor)
                 continue
             for i in range(part.shape[0]):
                 first, count = part[i, 0], part[i, 1]
@@ -393,10 +468,23 @@ def forward_planes(
                     empty_window(tag, y, stats, at + i, 1, y.size)
                     continue
                 reduce_window(tag, b, x, weights, plane * size + first, count, step, 1, LANES)
-                end_window(tag, b, y, stats, at + i, 1, y.size, count, part[i, 2:3], divisor)
+                end_window(tag, b, y, stats, at + i, 1, y.size, part[i, 2:3], divisor)
 
 
 # Accumulation, backward ---------------------------------------------------------
+
+
+@njit(**COPYING)
+def window_share(tag, b, share, stats, params, at, total, plane, channels, inner, c, width, used):
+    """Coefficients, anchor, dL/dn and parameter of a window in lanes."""
+    slots = num_sums(tag)
+    for k in range(slots):
+        take(b, D0 + U(k * ROOM), share, k * total + at, width, used)
+    take(b, BY_N, share, slots * total + at, width, used)
+    if stats.size:
+        take(b, ANCHOR, stats, at, width, used)
+    if params.size > 1:
+        parameters(b, params, plane, channels, inner, c, width, used)
 
 
 @njit(**JIT)
@@ -404,69 +492,106 @@ def parameter_sums(
     begin, end, ends, tag, x, weights, params, stats, share, by_p, table, size, inner, channels,
     step, group, per,
 ):  # fmt: skip
-    """What the parameter gets through the terms of each window; one unit per window."""
+    """What the parameter gets through the terms of each window; one unit per window and block of
+    inner elements."""
+    width, blocks = min(inner, ROOM), (inner + ROOM - 1) // ROOM
     outs = table.shape[1]
-    b = np.zeros((13, group * inner), params.dtype)
-    total = by_p.size
-    for window in range(begin, end):
+    b = np.zeros(ROWS * ROOM, params.dtype)
+    parameters(b, params, 0, channels, inner, 0, 1, ROOM)
+    for unit in range(begin, end):
+        block, window = unit % blocks, unit // blocks
         plane, o = window // outs, window % outs
-        row = table[plane // per % table.shape[0], o]
-        at = window * inner
-        by_p[at : at + inner] = 0
-        if row[1] == 0:
+        c = block * ROOM
+        m = min(width, inner - c)
+        first = table[plane // per % table.shape[0], o, 0]
+        count = table[plane // per % table.shape[0], o, 1]
+        at = window * inner + c
+        by_p[at : at + m] = 0
+        if count == 0:
             continue
-        used = min(group, row[1])
-        parameters(b[4], params, plane, channels, inner, 0, inner, used)
-        for k in range(num_sums(tag)):
-            b[9 + k, :inner] = share[k * total + at : k * total + at + inner]
-            repeat(b[9 + k], inner, used)
-        b[2, :inner] = stats[at : at + inner]
-        repeat(b[2], inner, used)
-        b[5, : used * inner] = 0
-        begins = (plane * size + row[0]) * inner
-        sweep(3, tag, b, x, weights, begins, row[1], step * inner, inner, group)
-        fold(b[5], inner, used)
-        by_p[at : at + inner] = b[5, :inner]
+        used = min(group, count)
+        window_share(
+            tag, b, share, stats, params, at, by_p.size, plane, channels, inner, c, m, used
+        )
+        fill(b, S0, used * m, b.dtype.type(0))
+        begins = (plane * size + first) * inner + c
+        sweep(3, tag, b, x, weights, begins, count, step * inner, m, group)
+        fold(b, S0, m, used)
+        for i in range(m):
+            by_p[at + i] = b[S0 + U(i)]
 
 
 @njit(**COPYING)
-def send_rows(tag, b, x, weights, gx, gw, plane, size, inner, row, taps, step, group, fresh, plain):
-    """Sends a window's share to `taps` rows from `row` on."""
+def send_rows(tag, b, x, weights, gx, gw, at, taps, step, width, group, fresh):
+    """Sends a window's share to `taps` rows of `width` elements from `at` on, `step` apart."""
+    plain = weights.size == 0
     for j in range(0, taps, group):
         rows = min(group, taps - j)
-        m = rows * inner
-        at = (plane * size + row + j * step) * inner
-        t, w, a, p = b[0, :m], b[1, :m], b[2, :m], b[4, :m]
-        d0, d1, d2, d3 = b[9, :m], b[10, :m], b[11, :m], b[12, :m]
-        fetch(t, x, at, rows, step * inner, inner)
+        m = rows * width
+        here = at + j * step
+        fetch(b[TAP : TAP + U(m)], x, here, rows, step, width)
         if not plain:
-            fetch(w, weights, at, rows, step * inner, inner)
+            fetch(b[WEIGHT : WEIGHT + U(m)], weights, here, rows, step, width)
         if gx.size:
-            send_dx(tag, gx[at : at + m], d0, d1, d2, d3, t, w, a, p, plain, fresh)
+            send_dx(tag, b, m, plain)
+            deliver(gx, here, b, m, fresh)
         if gw.size:
-            send_dw(tag, gw[at : at + m], d0, d1, d2, d3, b[3, :m], t, w, a, p, fresh)
+            send_dw(tag, b, m)
+            deliver(gw, here, b, m, fresh)
 
 
 @njit(**COPYING)
-def clear(out, plane, size, inner, begin, end):
+def clear(out, plane, size, inner, c, width, begin, end):
+    """Zeros in some inner elements of the rows `begin` to `end` - 1."""
     if out.size and end > begin:
-        out[(plane * size + begin) * inner : (plane * size + end) * inner] = 0
+        if width == inner:
+            out[(plane * size + begin) * inner : (plane * size + end) * inner] = 0
+            return
+        for row in range(begin, end):
+            at = (plane * size + row) * inner + c
+            out[at : at + width] = 0
 
 
 @njit(**COPYING)
-def window_share(tag, b, share, stats, params, at, total, plane, channels, inner, used):
-    """Coefficients, anchor, dL/dn and parameter of a window in lanes."""
-    slots = num_sums(tag)
-    for k in range(slots):
-        b[9 + k, :inner] = share[k * total + at : k * total + at + inner]
-        repeat(b[9 + k], inner, used)
-    b[3, :inner] = share[slots * total + at : slots * total + at + inner]
-    repeat(b[3], inner, used)
-    if stats.size:
-        b[2, :inner] = stats[at : at + inner]
-        repeat(b[2], inner, used)
-    if params.size > 1:
-        parameters(b[4], params, plane, channels, inner, 0, inner, used)
+def backward_block(
+    tag, b, x, weights, params, stats, share, gx, gw, rows, size, inner, channels, step, group,
+    plane, low, high, c, width,
+):  # fmt: skip
+    """A block of rows and inner elements. Each row gets what its windows send in their order;
+    `done` is the first row that has got nothing yet."""
+    outs, total = rows.shape[0], share.size // (num_sums(tag) + 1)
+    done = low
+    if step > 1:
+        clear(gx, plane, size, inner, c, width, low, high)
+        clear(gw, plane, size, inner, c, width, low, high)
+        done = high
+    for o in range(outs):
+        first, count = rows[o, 0], rows[o, 1]
+        if count == 0 or first >= high or first + (count - 1) * step < low:
+            continue
+        start = max(0, (low - first + step - 1) // step)
+        stop = min(count, (high - first + step - 1) // step)
+        if stop <= start:
+            continue
+        at = (plane * outs + o) * inner + c
+        used = min(group, stop - start)
+        window_share(tag, b, share, stats, params, at, total, plane, channels, inner, c, width,
+                     used)  # fmt: skip
+        if first > done:
+            clear(gx, plane, size, inner, c, width, done, first)
+            clear(gw, plane, size, inner, c, width, done, first)
+            done = first
+        known = stop if step > 1 else min(stop, max(start, done - first))
+        for part in range(2):
+            a, z = (start, known) if part == 0 else (known, stop)
+            if z > a:
+                begins = (plane * size + first + a * step) * inner + c
+                send_rows(tag, b, x, weights, gx, gw, begins, z - a, step * inner, width, group,
+                          part == 1)  # fmt: skip
+        if step == 1:
+            done = max(done, first + stop)
+    clear(gx, plane, size, inner, c, width, done, high)
+    clear(gw, plane, size, inner, c, width, done, high)
 
 
 @njit(**JIT)
@@ -474,50 +599,19 @@ def backward(
     begin, end, ends, tag, x, weights, params, stats, share, gx, gw, table, size, inner, channels,
     step, group, per, blocks,
 ):  # fmt: skip
-    """One unit per plane and block of rows. Each row gets what its windows send in their order;
-    `done` is the first row that has got nothing yet."""
-    outs = table.shape[1]
-    b = np.zeros((13, group * inner), params.dtype)
-    b[1] = 1
-    b[4] = params[0]
-    total = share.size // (num_sums(tag) + 1)
-    plain = weights.size == 0
+    """One unit per plane and block of rows."""
+    b = np.zeros(ROWS * ROOM, params.dtype)
+    fill(b, WEIGHT, ROOM, params.dtype.type(1))
+    parameters(b, params, 0, channels, inner, 0, 1, ROOM)
     for unit in range(begin, end):
         plane, block = unit // blocks, unit % blocks
         low, high = size * block // blocks, size * (block + 1) // blocks
-        done = low
-        if step > 1:
-            clear(gx, plane, size, inner, low, high)
-            clear(gw, plane, size, inner, low, high)
-            done = high
         rows = table[plane // per % table.shape[0]]
-        for o in range(outs):
-            first, count = rows[o, 0], rows[o, 1]
-            if count == 0 or first >= high or first + (count - 1) * step < low:
-                continue
-            start = max(0, (low - first + step - 1) // step)
-            stop = min(count, (high - first + step - 1) // step)
-            if stop <= start:
-                continue
-            at = (plane * outs + o) * inner
-            used = min(group, stop - start)
-            window_share(tag, b, share, stats, params, at, total, plane, channels, inner, used)
-            if first > done:
-                clear(gx, plane, size, inner, done, first)
-                clear(gw, plane, size, inner, done, first)
-                done = first
-            known = stop if step > 1 else min(stop, max(start, done - first))
-            for part in range(2):
-                a, z = (start, known) if part == 0 else (known, stop)
-                if z > a:
-                    send_rows(
-                        tag, b, x, weights, gx, gw, plane, size, inner, first + a * step, z - a,
-                        step, group, part == 1, plain,
-                    )  # fmt: skip
-            if step == 1:
-                done = max(done, first + stop)
-        clear(gx, plane, size, inner, done, high)
-        clear(gw, plane, size, inner, done, high)
+        for c in range(0, inner, ROOM):
+            backward_block(
+                tag, b, x, weights, params, stats, share, gx, gw, rows, size, inner, channels,
+                step, group, plane, low, high, c, min(ROOM, inner - c),
+            )  # fmt: skip
 
 
 # Selection ------------------------------------------------------------------------
@@ -596,14 +690,14 @@ def select_window(tag, best, held, t, x, mask, live, at, count, step, width, gro
 @njit(**JIT)
 def select_windows(begin, end, ends, tag, x, mask, y, state, table, size, inner, step, group, per):
     """One unit per window and block of inner elements."""
-    width, blocks = min(inner, BLOCK), (inner + BLOCK - 1) // BLOCK
+    width, blocks = min(inner, ROOM), (inner + ROOM - 1) // ROOM
     outs = table.shape[1]
     best, t = empty_buffer(x, group * width), empty_buffer(x, group * width)
     held, live = np.empty(group * width, np.int32), np.empty(group * width, np.uint8)
     for unit in range(begin, end):
         block, window = unit % blocks, unit // blocks
         plane, o = window // outs, window % outs
-        c = block * BLOCK
+        c = block * ROOM
         m = min(width, inner - c)
         row = table[plane // per % table.shape[0], o]
         at = window * inner + c
@@ -628,7 +722,7 @@ def scatter(begin, end, ends, grad, state, gx, table, size, inner, step, per, bl
     for unit in range(begin, end):
         plane, block = unit // blocks, unit % blocks
         low, high = size * block // blocks, size * (block + 1) // blocks
-        clear(gx, plane, size, inner, low, high)
+        clear(gx, plane, size, inner, 0, inner, low, high)
         rows = table[plane // per % table.shape[0]]
         for o in range(outs):
             first, count = rows[o, 0], rows[o, 1]
@@ -837,7 +931,7 @@ def select(
         if mask is not None:
             valid = layout.to_layout(mask, channels_last)
         arrays = [_flat(t, channels_last) for t in (x, valid, y, state)]
-        blocks = -(-batch.inner // BLOCK)
+        blocks = -(-batch.inner // ROOM)
         traffic = batch.elements * x.element_size()
         _run(
             select_windows, select_windows_parallel, batch.windows * blocks, traffic,
@@ -965,7 +1059,7 @@ def _forward(call: _Call, y: Any, stats: Any, reduction: Accumulation) -> None:
             batch.per,
         )  # fmt: skip
         return
-    blocks = -(-batch.inner // BLOCK)
+    blocks = -(-batch.inner // ROOM)
     _run(
         forward, forward_parallel, batch.windows * blocks, traffic,
         lambda: batch.window_ends(blocks), *arrays, batch.inner, batch.channels, batch.step,
@@ -1027,9 +1121,10 @@ def accumulate_backward(
         )  # fmt: skip
     if needs[2]:
         by_p = np.empty(grad.numel(), share.dtype)
+        blocks = -(-batch.inner // ROOM)
         _run(
-            parameter_sums, parameter_sums_parallel, batch.windows, traffic,
-            lambda: batch.window_ends(1), *arrays, by_p, *geometry, batch.per,
+            parameter_sums, parameter_sums_parallel, batch.windows * blocks, traffic,
+            lambda: batch.window_ends(blocks), *arrays, by_p, *geometry, batch.per,
         )  # fmt: skip
         gp = _parameter_gradient(by_p + through, grad, call)
     return gx.to(grad.dtype), gw, gp
