@@ -209,12 +209,12 @@ def _rectangular(windows: Sequence[range], width: int) -> list[list[int]]:
 
 def _larger(a: Any, b: Any) -> Any:
     """The larger of two numbers, or of each pair of a tensor's."""
-    return a.clamp(min=b) if hasattr(a, "clamp") else max(a, b)
+    return max(a, b) if isinstance(a, int) or not hasattr(a, "clamp") else a.clamp(min=b)
 
 
 def _smaller(a: Any, b: Any) -> Any:
     """The smaller of two numbers, or of each pair of a tensor's."""
-    return a.clamp(max=b) if hasattr(a, "clamp") else min(a, b)
+    return min(a, b) if isinstance(a, int) or not hasattr(a, "clamp") else a.clamp(max=b)
 
 
 def _is_int(value: Any) -> bool:

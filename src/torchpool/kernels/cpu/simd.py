@@ -240,8 +240,14 @@ def _suffix(kind: Any) -> str:
 
 
 def _first_lanes(builder: Any, count: Any, lanes: int) -> Any:
-    """A mask of the lanes below `count`."""
+    """A mask of the lanes below `count`.
+
+    LLVM must not know the count: of a masked store to one 16-bit lane, known as such, LLVM 22 makes
+    a store of 32 bits.
+    """
     kind = ir.VectorType(_I32, lanes)
+    same = ir.FunctionType(_I64, [_I64])
+    count = builder.asm(same, "", "=r,0", [count], False)
     bound = _broadcast(builder, builder.trunc(count, _I32), lanes)
     return builder.icmp_signed("<", ir.Constant(kind, list(range(lanes))), bound)
 
