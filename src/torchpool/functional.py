@@ -84,7 +84,7 @@ def pool(
             Gets gradients. A selection only asks whether the weight is 0.
         return_indices: also return the flat positions of the winners over the pooled axes (int64);
             -1 for an empty window.
-        fill: value of a window that has no valid element.
+        fill: value of a window that has no valid element; one that the result's dtype can hold.
     Shape:
         x (N, C, *S) -> (N, C, *O) with O = windows.out_size(S); with `dims` the pooled axes change
         size where they are
@@ -387,6 +387,7 @@ def _run_selection(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
 
 def _fill(y: Tensor, case: _Case, fill: float) -> Tensor:
     """Writes `fill` where a window holds too little: no element, or n <= least(p)."""
+    _check_fill(fill, y.dtype)
     ones = torch.ones((), device=y.device).expand(case.x.shape)
     if case.mask is not None:
         ones = ones * case.mask
@@ -399,6 +400,17 @@ def _fill(y: Tensor, case: _Case, fill: float) -> Tensor:
         p = case.params.detach().reshape(1, -1, *(1,) * len(case.axes))
         least = reference.formula(kind, "least")(p)
     return torch.where(n > least, y, torch.tensor(fill, dtype=y.dtype, device=y.device))
+
+
+def _check_fill(fill: float, dtype: torch.dtype) -> None:
+    if dtype.is_floating_point:
+        return
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    if not low <= fill <= high or fill != int(fill):
+        raise ValueError(
+            f"fill={fill!r} is not a value of {dtype}, the dtype of the result; give a whole number "
+            f"from {low} to {high}, or pool x.float()"
+        )
 
 
 # Why and where
