@@ -160,6 +160,7 @@ WHOLE = _cases(
     (tp.Max(), tp.Min(), tp.Sum(), tp.Mean(), tp.Lp(2.0), tp.Var()),
     dtype=st.sampled_from(INTEGERS),
     kind=st.just("ties"),
+    fill=st.sampled_from((0.0, 3.0)),
     weighted=st.just(False),
     grad=st.just(False),
 )
@@ -167,6 +168,7 @@ BOOLS = _cases(
     (tp.Max(), tp.Min()),
     dtype=st.just(torch.bool),
     kind=st.just("ties"),
+    fill=st.sampled_from((0.0, 1.0)),
     grad=st.just(False),
 )
 
@@ -351,11 +353,7 @@ def _check_values(case: Case, results: Results, values: np.ndarray, winners: np.
     if results.indices is not None:
         np.testing.assert_array_equal(results.indices.numpy(), winners)
     if whole and exact:
-        wanted = np.trunc(values).astype(np.int64)
-        fill = torch.tensor(case.fill).to(dtype).long()
-        empty = winners == -1 if results.indices is not None else values == case.fill
-        wanted = np.where(empty & (values == case.fill), fill, wanted)
-        np.testing.assert_array_equal(y.long().numpy(), wanted)
+        np.testing.assert_array_equal(y.long().numpy(), np.trunc(values).astype(np.int64))
         return
     tolerance = {"rtol": 0, "atol": 0} if results.indices is not None else TOLERANCE[dtype]
     torch.testing.assert_close(y.double(), torch.from_numpy(values), equal_nan=True, **tolerance)

@@ -500,3 +500,22 @@ def test_fractional_windows_are_replayable():
     assert torch.equal(a, b)
     y = tp.pool(x, tp.Mean(), tp.Fractional((3, 2), (6, 9), samples=torch.rand(2, 3, 2)))
     assert y.shape == (2, 3, 6, 9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fill"),
+    [
+        (torch.uint8, -1.0),
+        (torch.int8, 128.0),
+        (torch.int32, 0.5),
+        (torch.int64, float("nan")),
+        (torch.int16, float("inf")),
+        (torch.bool, 2.0),
+    ],
+)
+def test_fill_must_fit_the_result(backend, dtype, fill):
+    x = torch.zeros(1, 1, 4).to(dtype)
+    with pytest.raises(ValueError, match=f"fill={fill!r} is not a value of {dtype}"):
+        tp.pool(x, tp.Max(), tp.Window(2), fill=fill)
+    mask = torch.tensor([True, True, False, False])
+    assert tp.pool(x, tp.Max(), tp.Window(2), mask=mask, fill=1.0).tolist() == [[[0, 1]]]

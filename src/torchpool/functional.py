@@ -100,7 +100,7 @@ def pool(
         return_indices: also return the flat positions of the winners over the pooled axes (int64);
             -1 for an empty window. Of nested tensors and packed sequences: positions inside the
             sample.
-        fill: value of a window that has no valid element.
+        fill: value of a window that has no valid element; one that the result's dtype can hold.
     Shape:
         x (N, C, *S) -> (N, C, *O) with O = windows.out_size(S); with `dims` the pooled axes change
         size where they are
@@ -622,6 +622,7 @@ def _run_selection(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
 
 def _fill(y: Tensor, case: _Case, fill: float) -> Tensor:
     """Writes `fill` where a window holds too little: no element, or n <= least(p)."""
+    _check_fill(fill, y.dtype)
     n = _contents(case)
     least: Any = 0.0
     if isinstance(case.reduction, Accumulation) and case.params is not None:
@@ -642,6 +643,15 @@ def _contents(case: _Case) -> Tensor:
     if case.weights is not None:
         ones = torch.where(ones != 0, case.weights.detach(), 0)
     return reference.accumulate(ones, None, None, None, Sum(), case.axes, False, case.starts)[0]
+def _check_fill(fill: float, dtype: torch.dtype) -> None:
+    if dtype.is_floating_point:
+        return
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    if not low <= fill <= high or fill != int(fill):
+        raise ValueError(
+            f"fill={fill!r} is not a value of {dtype}, the dtype of the result; give a whole number "
+            f"from {low} to {high}, or pool x.float()"
+        )
 
 
 # Why and where
