@@ -643,13 +643,15 @@ def _contents(case: _Case) -> Tensor:
     if case.weights is not None:
         ones = torch.where(ones != 0, case.weights.detach(), 0)
     return reference.accumulate(ones, None, None, None, Sum(), case.axes, False, case.starts)[0]
+
+
 def _check_fill(fill: float, dtype: torch.dtype) -> None:
     if dtype.is_floating_point:
         return
     low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     if not low <= fill <= high or fill != int(fill):
         raise ValueError(
-            f"fill={fill!r} is not a value of {dtype}, the dtype of the result; give a whole number "
+            f"fill={fill!r} is not a value of {dtype}, the result's dtype; give a whole number "
             f"from {low} to {high}, or pool x.float()"
         )
 

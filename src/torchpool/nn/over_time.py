@@ -1,0 +1,226 @@
+"""What every layer over time shares: layouts, masks, lengths, and samples without any element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchpool.functional import pool
+from torchpool.nn.describe import describe
+from torchpool.nn.general import Pool
+from torchpool.ragged import length_mask
+from torchpool.reductions import Reduction
+from torchpool.windows import Global
+
+__all__ = ["OverTime", "SequencePool"]
+
+LAYOUTS = ("NCT", "NTC")
+SIDES = ("right", "left")
+
+
+class OverTime(nn.Module):
+    """A layer that pools the time axis of a padded batch. A subclass says how, in `_pool`.
+
+    An element that `mask` or `lengths` leave out takes no part, whatever it holds, NaN included,
+    and gets no gradient: a sample gives the same result alone and in any batch.
+
+    Args:
+        layout: of x and of the result: "NCT" for (N, C, T), "NTC" for (N, T, C).
+        padding_side: where `lengths` leave the padding, "right" or "left".
+        fill: the result of a sample that has no valid element.
+    Raises:
+        ValueError: another layout or padding_side.
+    """
+
+    def __init__(
+        self, *, layout: str = "NCT", padding_side: str = "right", fill: float = 0.0
+    ) -> None:
+        super().__init__()
+        check_choice("layout", layout, LAYOUTS)
+        check_choice("padding_side", padding_side, SIDES)
+        self.layout = layout
+        self.padding_side = padding_side
+        self.fill = fill
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Pools x.
+
+        Args:
+            x: (N, C, T), or (N, T, C) with layout="NTC".
+            mask: (N, T), True (or 1) where an element is valid.
+            lengths: (N,), valid elements of each sample. With both, an element must be in both.
+        """
+        x, valid = self._arrange(x, mask, lengths)
+        y = self._pool(x, valid)
+        if valid is not None:
+            some = valid.any(-1).view(-1, *(1,) * (y.ndim - 1))
+            y = torch.where(some, y, torch.full((), self.fill, dtype=y.dtype, device=y.device))
+        return y.transpose(1, 2) if y.ndim == 3 and self.layout == "NTC" else y
+
+    def _arrange(
+        self, x: Tensor, mask: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x as (N, C, T), and which of its elements (N, T) are valid; None where all are."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
+        if x.ndim != 3:
+            axes = ", ".join(self.layout)
+            raise ValueError(f"x of shape {tuple(x.shape)} must have three axes, ({axes})")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x has dtype {x.dtype}; convert it with x.float()")
+        if self.layout == "NTC":
+            x = x.transpose(1, 2)
+        t = x.shape[2]
+        if t == 0:
+            raise ValueError(f"x of shape {tuple(x.shape)} (N, C, T) has no time; T must be >= 1")
+        valid = None if mask is None else _as_mask(mask, x)
+        if lengths is not None:
+            _check_lengths(lengths, x)
+            inside = length_mask(lengths, t, padding_side=self.padding_side)
+            valid = inside if valid is None else valid & inside
+        return x, valid
+
+    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """(N, C, T) and bool (N, T) or None -> (N, D) or (N, D, K)."""
+        raise NotImplementedError
+
+    def _described(self, *positional: Any, **named: Any) -> str:
+        """Arguments as in the constructor's call; those that have their usual value are left
+        out."""
+        usual = {"layout": "NCT", "padding_side": "right", "fill": 0.0}
+        shared = {key: getattr(self, key) for key in usual if getattr(self, key) != usual[key]}
+        return describe(*positional, **named, **shared)
+
+    def extra_repr(self) -> str:
+        return self._described()
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises unless the value is a whole number >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+
+
+def check_channels(layer: nn.Module, channels: int, x: Tensor) -> None:
+    """Raises unless x (N, C, T) has the channels that the layer was built for."""
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"{type(layer).__name__} was built for channels={channels}, but x has {x.shape[1]}: "
+            f"build it with channels={x.shape[1]}, or give layout= the order of x's axes"
+        )
+
+
+def _as_mask(mask: Any, x: Tensor) -> Tensor:
+    """A mask (N, T) as bool; whole numbers, as tokenizers give them, are valid where not 0."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, not {type(mask).__name__}")
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"mask has dtype {mask.dtype}; it must be bool (mask > 0.5) or 0 and 1")
+    if mask.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} must have the shape (N, T) = "
+            f"{(x.shape[0], x.shape[2])}"
+        )
+    _check_device("mask", mask, x)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _check_lengths(lengths: Any, x: Tensor) -> None:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(
+            f"lengths must be a torch.Tensor, not {type(lengths).__name__}; "
+            f"write torch.tensor(lengths)"
+        )
+    if lengths.shape != x.shape[:1]:
+        raise ValueError(
+            f"lengths of shape {tuple(lengths.shape)} must have the shape (N,) = ({x.shape[0]},)"
+        )
+    _check_device("lengths", lengths, x)
+
+
+def _check_device(name: str, other: Tensor, x: Tensor) -> None:
+    if other.device != x.device:
+        raise ValueError(
+            f"{name} lies on {other.device}, x on {x.device}; "
+            f"move it with {name}.to({str(x.device)!r})"
+        )
+
+
+def over_time(
+    x: Tensor, reduction: Reduction, valid: Tensor | None, weights: Tensor | None = None
+) -> Tensor:
+    """One value per channel: (N, C, T), valid (N, T), weights like x -> (N, C)."""
+    mask = None if valid is None else valid[:, None]
+    y: Tensor = pool(x, reduction, Global(), mask=mask, weights=weights)
+    return y.squeeze(-1)
+
+
+def cleaned(x: Tensor, valid: Tensor | None) -> Tensor:
+    """x (N, C, T) with zeros for what is not valid, so that products do not meet a NaN there."""
+    return x if valid is None else x.masked_fill(~valid[:, None], 0)
+
+
+def softmax_over_time(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """Weights over the valid elements, at least float32: (N, H, T) -> (N, H, T).
+
+    They sum to 1; a sample without any valid element has zeros.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if valid is None:
+        return scores.softmax(-1)
+    outside = ~valid[:, None]
+    scores = scores.masked_fill(outside, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1).masked_fill(outside, 0)
+
+
+def ranks(valid: Tensor) -> Tensor:
+    """The position of each valid element among the valid ones, from 0: (N, T) int64."""
+    return valid.cumsum(-1) - 1
+
+
+def all_valid(x: Tensor) -> Tensor:
+    """The mask (N, T) of an x (N, C, T) without padding."""
+    return x.new_ones((x.shape[0], x.shape[2]), dtype=torch.bool)
+
+
+class SequencePool(OverTime):
+    """Any reduction over the whole time axis of a padded batch.
+
+    Args:
+        reduction: what the valid elements become, as `Max()`, `Mean()` or
+            `PowerMean(3.0, learnable=True)`.
+        channels: learn one parameter per channel, for this many channels, as in `Pool`.
+        layout, padding_side, fill: as in `OverTime`.
+    Shape:
+        x (N, C, T) -> (N, C)
+    Raises:
+        TypeError, ValueError: as in `Pool`.
+
+    >>> from torchpool import Mean
+    >>> x = torch.tensor([[[1.0, 3.0, float("nan")]]])
+    >>> SequencePool(Mean())(x, lengths=torch.tensor([2]))
+    tensor([[2.]])
+    """
+
+    def __init__(
+        self, reduction: Reduction, *, channels: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.pool = Pool(reduction, Global(), channels=channels)
+
+    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        y: Tensor = self.pool(x, mask=None if valid is None else valid[:, None])
+        return y.squeeze(-1)
+
+    def extra_repr(self) -> str:
+        return self._described()
