@@ -629,7 +629,7 @@ def _fill(y: Tensor, case: _Case, fill: float) -> Tensor:
         kind: Any = type(case.reduction)
         p = case.params.detach().reshape(1, -1, *(1,) * len(case.axes))
         least = reference.formula(kind, "least")(p)
-    return torch.where(n > least, y, torch.tensor(fill, dtype=y.dtype, device=y.device))
+    return torch.where(n <= least, torch.tensor(fill, dtype=y.dtype, device=y.device), y)
 
 
 def _contents(case: _Case) -> Tensor:

@@ -695,12 +695,12 @@ def _solve_formulas(place, tag, x, weights, lines, state, geo, p, pads, o, fixed
         )
         a = choose(n != 0, total / n, total)
     s, n = visit(place, LIFT, tag, begin(LIFT, tag, like, None), x, weights, lines, geo, a, p)
-    seen = n > least(tag, p)
+    is_empty = n <= least(tag, p)
     count = n
     if is_mean:
         count = splat_as(n, fixed) if fixed != 0 else n + divisors(place, like, pads, o)
-    value = choose(seen, finish(tag, s, count, a, p), like)
-    return value, (a, s, choose(seen, count, splat_as(n, np.nan)))
+    value = choose(is_empty, like, finish(tag, s, count, a, p))
+    return value, (a, s, choose(is_empty, splat_as(n, -np.inf), count))
 
 
 # Writing ------------------------------------------------------------------------------------
@@ -1018,7 +1018,7 @@ def slope(place, tag, g, x, weights, lines, state, at, count, size, geo, p):
     d, _, dp = finish_grad(tag, kept_sums(tag, place, state, at, count, size, like), n, a, p)
     held = begin(SLOPE, tag, like, None)
     sent = visit(place, SLOPE, tag, held, x, weights, lines, geo, (a, d), p)[0]
-    return choose((n == n) & (lane_numbers(like) < count), v * (dp + sent), like)
+    return choose((n != splat_as(n, -np.inf)) & (lane_numbers(like) < count), v * (dp + sent), like)
 
 
 def slopes(way: Any, *args: Any) -> None:

@@ -341,22 +341,22 @@ def reduce_window(tag, b, x, weights, at, count, step, width, group):
 
 @njit(**COPYING)
 def end_window(tag, b, y, stats, at, width, step, extra, divisor):
-    """Writes values and statistics of `width` lanes; n is NaN where the window is empty."""
+    """Writes values and statistics of `width` lanes; n is -inf where the window is empty."""
     number = y.dtype.type
-    zero, nan = number(0), number(np.nan)
+    zero, none = number(0), number(-np.inf)
     for k in range(width):
         i = U(k)
         n, a, p = b[COUNT + i], b[ANCHOR + i], b[PARAM + i]
-        seen = n > least(tag, p)
+        is_empty = n <= least(tag, p)
         counted = divisor if divisor != 0 else n + number(extra[k if extra.size > 1 else 0])
         sums = (b[S0 + i], b[S1 + i], b[S2 + i], b[S3 + i])
         value = finish(tag, trimmed(tag, sums), counted, a, p)
-        y[at + k] = value if seen else zero
+        y[at + k] = zero if is_empty else value
         if stats.size:
             stats[at + k] = a
             for slot in range(num_sums(tag)):
                 stats[(slot + 1) * step + at + k] = sums[slot]
-            stats[(num_sums(tag) + 1) * step + at + k] = counted if seen else nan
+            stats[(num_sums(tag) + 1) * step + at + k] = none if is_empty else counted
 
 
 @njit(**COPYING)
@@ -364,7 +364,9 @@ def empty_window(tag, y, stats, at, width, step):
     for i in range(width):
         y[at + i] = 0
         if stats.size:
-            stats[(num_sums(tag) + 1) * step + at + i] = np.nan
+            for slot in range(num_sums(tag) + 1):
+                stats[slot * step + at + i] = 0
+            stats[(num_sums(tag) + 1) * step + at + i] = -np.inf
 
 
 @njit(**JIT)
@@ -1147,7 +1149,7 @@ def _shares(
         table = torch.from_numpy(_counted(batch, reduction))
         number = (table[..., 1] + table[..., 2]).to(grad.dtype)
         number = torch.full_like(number, call.divisor) if call.divisor else number
-        number = torch.where(table[..., 1] > 0, number, torch.nan)
+        number = torch.where(table[..., 1] > 0, number, -torch.inf)
         number = number.unsqueeze(-1 if batch.channels_last else 1)
     p = torch.from_numpy(call.params).reshape(along)
     by_sums, by_p = reference.shares(reduction, g, a, sums, number, p, call.divisor)
