@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import overload
 
 from torchpool.kernels.cpu import formulas
@@ -694,16 +694,6 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
                 rows[q] += origin
             row_of(way, tag, x, weights, p, params, gx, gw, line * size, rows, bases, found, shares,
                    codes, taps, row, hits, wide, geo, tab, inner)  # fmt: skip
-
-
-@njit(parallel=True, **JIT)
-def backward_parallel(threads, units, way, tag, g, x, weights, params, state, gx, gw, geo, tab,
-                      inner, channels, planes_each, band, column, fixed):  # fmt: skip
-    for t in prange(threads):
-        backward(
-            units * t // threads, units * (t + 1) // threads, way, tag, g, x, weights, params,
-            state, gx, gw, geo, tab, inner, channels, planes_each, band, column, fixed,
-        )  # fmt: skip
 
 
 def empty_codes(state: Any, tag: Any, size: Any) -> Any:

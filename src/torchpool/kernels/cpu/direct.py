@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 
 from torchpool.kernels.cpu import formulas
 from torchpool.kernels.cpu.formulas import (
@@ -951,16 +951,6 @@ def direct(begin, end, way, tag, x, weights, params, y, state, geo, tab, inner, 
         plane = advance(geo, OUT, o, plane)
 
 
-@njit(parallel=True, **JIT)
-def direct_parallel(threads, units, way, tag, x, weights, params, y, state, geo, tab, inner,
-                    channels, planes_each, column, fixed):  # fmt: skip
-    for t in prange(threads):
-        direct(
-            units * t // threads, units * (t + 1) // threads, way, tag, x, weights, params, y,
-            state, geo, tab, inner, channels, planes_each, column, fixed,
-        )  # fmt: skip
-
-
 # The derivative by the parameter ----------------------------------------------------------
 
 
@@ -1090,13 +1080,3 @@ def by_parameter(begin, end, way, tag, g, x, weights, params, state, by_p, geo, 
         slopes(way, tag, g, x, weights, row, state, by_p, unit * inner, unit * row_size,
                (rows, codes, found), geo, tab, inner)  # fmt: skip
         plane = advance(geo, OUT, o, plane)
-
-
-@njit(parallel=True, **JIT)
-def by_parameter_parallel(threads, units, way, tag, g, x, weights, params, state, by_p, geo, tab,
-                          inner, channels, planes_each):  # fmt: skip
-    for t in prange(threads):
-        by_parameter(
-            units * t // threads, units * (t + 1) // threads, way, tag, g, x, weights, params,
-            state, by_p, geo, tab, inner, channels, planes_each,
-        )  # fmt: skip

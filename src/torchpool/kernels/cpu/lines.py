@@ -33,7 +33,7 @@ def is_idle(geo, a):
 @njit(**INNER)
 def is_flat(geo):
     """Whether the first two axes are trivial."""
-    return geo[0, SIZE] == 1 and geo[1, SIZE] == 1 and geo[0, OUT] == 1 and geo[1, OUT] == 1
+    return geo[0, SIZE] == 1 and geo[1, SIZE] == 1 and is_idle(geo, 0) and is_idle(geo, 1)
 
 
 @njit(**INNER)
