@@ -6,6 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+# Several test processes share the cores, so that threads that wait must not spin; torch reads this.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

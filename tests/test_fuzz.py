@@ -138,7 +138,17 @@ FORMULA_VARIANTS = (
 SELECTIONS = _cases(
     (tp.Max(), tp.Min()), kind=st.sampled_from(("normal", "ties", "ties", "special"))
 )
-SUMS = _cases((tp.Sum(), tp.Mean()), kind=st.sampled_from(("normal", "ties", "special")))
+SUM_VARIANTS = (
+    *({"dtype": dtype, "num_threads": n} for dtype in FLOATS for n in (1, 2)),
+    {"masked": True},
+    {"weighted": True},
+    {"masked": True, "weighted": True, "dtype": torch.float64},
+    {"masked": True, "dtype": torch.bfloat16},
+    {"weighted": True, "dtype": torch.float16},
+)
+SUMS = _cases(
+    (tp.Sum(), tp.Mean()), SUM_VARIANTS, kind=st.sampled_from(("normal", "ties", "special"))
+)
 DIVISORS = _cases(
     (tp.Mean(count_include_pad=True), tp.Mean(divisor=3.0), tp.Mean(True, 2.0)),
     masked=st.just(False),

@@ -67,6 +67,8 @@ def _words(args: tuple[Any, ...]) -> list[int]:
             words += _words(arg)
         elif isinstance(arg, float):
             words += struct.unpack("q", struct.pack("d", arg))
+        elif isinstance(arg, np.float32):
+            words += struct.unpack("i", struct.pack("f", arg))
         else:
             words.append(arg or 0)
     return words
@@ -119,4 +121,6 @@ def _as(builder: Any, word: Any, kind: Any) -> Any:
         return builder.inttoptr(word, kind)
     if isinstance(kind, ir.DoubleType):
         return builder.bitcast(word, kind)
+    if isinstance(kind, ir.FloatType):
+        return builder.bitcast(builder.trunc(word, ir.IntType(32)), kind)
     return word if kind == _WORD else builder.trunc(word, kind)
