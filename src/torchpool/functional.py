@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -398,8 +399,7 @@ def _case(
             f"0; pooled axes need at least one element"
         )
     try:
-        symbolic = torch.compiler.is_exporting() and isinstance(windows, Adaptive)
-        axes = windows.axes(sizes, symbolic=True) if symbolic else windows.axes(sizes)  # type: ignore[call-arg]
+        axes = _axes(windows, sizes)
     except ValueError as error:
         raise ValueError(
             f"{error} (x has shape {tuple(x.shape)}, pooled axes {view.pooled})"
@@ -415,6 +415,19 @@ def _case(
     if isinstance(windows, Fractional):
         case = case._replace(starts=_fractional_starts(windows, case.x, axes))
     return case
+
+
+def _axes(windows: Windows, sizes: Sequence[int]) -> tuple[Axis, ...]:
+    if isinstance(windows, Adaptive) and torch.compiler.is_exporting():
+        return windows.axes(sizes, symbolic=True)
+    if torch.compiler.is_compiling() or isinstance(windows, Fractional):
+        return windows.axes(sizes)
+    return _known_axes(windows, tuple(sizes))
+
+
+@lru_cache(maxsize=1024)
+def _known_axes(windows: Windows, sizes: tuple[int, ...]) -> tuple[Axis, ...]:
+    return windows.axes(sizes)
 
 
 def _canonical_case(
@@ -590,17 +603,8 @@ def _run(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
         ), None
     tensors = (case.x, case.weights, case.params)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, _ = torch.ops.torchpool.accumulate(
-        case.x,
-        case.mask,
-        case.weights,
-        case.params,
-        case.starts,
-        case.reduction.spec,
-        ops.pack(case.axes),
-        save,
-    )
-    return y, None
+    arguments = (case.x, case.mask, case.weights, case.params, case.starts)
+    return ops.accumulate(*arguments, case.reduction, case.axes, save)[0], None
 
 
 def _run_selection(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
@@ -609,9 +613,7 @@ def _run_selection(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
     if _needs_composite() and not case.is_exported_whole:
         return reference.composite_select(case.x, case.mask, case.starts, case.reduction, case.axes)
     save = return_indices or (torch.is_grad_enabled() and case.x.requires_grad)
-    y, state = torch.ops.torchpool.select(
-        case.x, case.mask, case.starts, case.reduction.spec, ops.pack(case.axes), save
-    )
+    y, state = ops.select(case.x, case.mask, case.starts, case.reduction, case.axes, save)
     if not return_indices:
         return y, None
     flat, inside = reference.winners(state, case.starts, case.axes)
@@ -772,6 +774,8 @@ def _check_rank(x: Tensor, d: int, name: str) -> None:
 
 
 def _ints(value: Any, d: int, name: str) -> tuple[int, ...]:
+    if type(value) is int:
+        return (value,) * d
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(values) not in (1, d):
         raise ValueError(f"{name}={value!r} must be an int or {d} ints")
@@ -793,6 +797,8 @@ def _window(
         else _ints(stride, d, "stride")
     )
     window = Window(kernel, stride, padding, dilation, ceil_mode)
+    if not any(padding):
+        return window
     for k, p, step in zip(kernel, padding, dilation, strict=True):
         if p > ((k - 1) * step + 1) // 2:
             raise ValueError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchpool.kernels import layout, reference
-from torchpool.reductions import Max, Reduction, from_spec
+from torchpool.reductions import Accumulation, Max, Reduction, Selection, from_spec
 from torchpool.windows import Axis
 
 _BACKENDS = {
@@ -88,12 +89,9 @@ def refusals(
     for name in (forced,) if forced else (_FIRST.get(device.type), "reference"):
         if name is None:
             continue
-        try:
-            backend = importlib.import_module((_TABLES if table else _BACKENDS)[name])
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("torchpool"):
-                raise
-            reasons[name] = f"{error.name} is not installed"
+        backend = _load((_TABLES if table else _BACKENDS)[name])
+        if isinstance(backend, str):
+            reasons[name] = backend
             continue
         reason = getattr(backend, f"why_not_{operation}")(*case)
         if reason is None:
@@ -104,8 +102,81 @@ def refusals(
     )
 
 
+@cache
+def _load(module: str) -> ModuleType | str:
+    """A backend, or why there is none."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("torchpool"):
+            raise
+        return f"{error.name} is not installed"
+
+
 def _backend(operation: str, device: torch.device, *case: Any, table: bool = False) -> ModuleType:
     return refusals(operation, device, *case, table=table)[0]
+
+
+# Calls
+
+
+def select(
+    x: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    reduction: Selection,
+    axes: tuple[Axis, ...],
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """`torchpool::select`, past the dispatcher where nothing there has anything to do."""
+    if _is_bare(x, mask, starts):
+        return _run_select(x, mask, starts, reduction, axes, save)
+    made: tuple[Tensor, Tensor] = torch.ops.torchpool.select(
+        x, mask, starts, reduction.spec, pack(axes), save
+    )
+    return made
+
+
+def accumulate(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    starts: Tensor | None,
+    reduction: Accumulation,
+    axes: tuple[Axis, ...],
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """`torchpool::accumulate`, likewise."""
+    tensors = (x, mask, weights, params, starts)
+    if _is_bare(*tensors):
+        # A parameter as an operator gets it: None, as in every cached description.
+        return _run_accumulate(*tensors, from_spec(reduction.spec), axes, save)
+    made: tuple[Tensor, Tensor] = torch.ops.torchpool.accumulate(
+        *tensors, reduction.spec, pack(axes), save
+    )
+    return made
+
+
+def _is_bare(*tensors: Tensor | None) -> bool:
+    """Whether no gradient, transform, mode, tracer or profiler asks for these tensors."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    watches = torch.is_grad_enabled()
+    return not any(
+        type(t) not in _PLAIN or t.is_neg() or (watches and t.requires_grad)
+        for t in tensors
+        if t is not None
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 # Kernels
@@ -119,7 +190,18 @@ def _select(
     axes: Sequence[int],
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    case = (layout.dense(x), mask, starts, from_spec(reduction), unpack(axes))
+    return _run_select(x, mask, starts, from_spec(reduction), unpack(axes), save)
+
+
+def _run_select(
+    x: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    reduction: Selection,
+    axes: tuple[Axis, ...],
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    case = (layout.dense(x), mask, starts, reduction, axes)
     backend = _backend("select", x.device, *case, table=reference.is_table(starts))
     result: tuple[Tensor, Tensor] = backend.select(*case, save)
     return result
@@ -157,7 +239,21 @@ def _accumulate(
     axes: Sequence[int],
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    case = (layout.dense(x), mask, weights, params, from_spec(reduction), unpack(axes))
+    tensors = (x, mask, weights, params, starts)
+    return _run_accumulate(*tensors, from_spec(reduction), unpack(axes), save)
+
+
+def _run_accumulate(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    starts: Tensor | None,
+    reduction: Accumulation,
+    axes: tuple[Axis, ...],
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    case = (layout.dense(x), mask, weights, params, reduction, axes)
     if starts is not None:
         backend = _from_starts(starts, x.device, *case)
         made: tuple[Tensor, Tensor] = backend.accumulate(*case, save, starts)

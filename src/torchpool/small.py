@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALL = 1 << 15
+SMALL = 1 << 14
 """Elements up to which an input is small."""
 _ORDINARY = 1 << 16
 """Arguments that are larger go to our kernels, which are sure to survive them."""

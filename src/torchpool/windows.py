@@ -237,6 +237,8 @@ def _spread(value: Any, count: int, name: str) -> tuple[int, ...]:
 
 
 def _check_ints(value: Any, name: str, least: int) -> None:
+    if type(value) is int and value >= least:  # asking for sequences takes longer than pooling
+        return
     entries = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     if len(entries) == 0:
         raise ValueError(f"{name} is empty; give an int or one int per pooled axis")
@@ -252,7 +254,9 @@ def _check_ints(value: Any, name: str, least: int) -> None:
 def _length(*values: Any) -> int | None:
     """Number of axes that the sequences among the values speak of."""
     for value in values:
-        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 1:
+        if isinstance(value, (int, str)) or value is None:
+            continue
+        if isinstance(value, Sequence) and len(value) > 1:
             return len(value)
     return None
 

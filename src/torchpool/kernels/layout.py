@@ -63,4 +63,4 @@ def empty_stats(x: Tensor, sizes: Sequence[int], reduction: Accumulation, save: 
     dtype = compute_dtype(x.dtype)
     if not save or reduction.linear:
         return x.new_empty(0, dtype=dtype)
-    return x.new_zeros((reduction.num_sums + 2, *x.shape[:2], *sizes), dtype=dtype)
+    return x.new_empty((reduction.num_sums + 2, *x.shape[:2], *sizes), dtype=dtype)

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-FRESH = 32 << 20
-"""Bytes from which on the C library takes memory from the system anew for each tensor."""
+FRESH = 4 << 20
+"""Bytes from which on a tensor is likely to lie in memory that comes from the system anew."""
 _HUGE = 2 << 20
 _MADV_HUGEPAGE = 14
 
