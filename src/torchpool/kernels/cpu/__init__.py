@@ -1,7 +1,7 @@
 """The operations on the CPU, compiled by Numba: which kernel serves a call, and with what.
 
 Any number of pooled axes reads as four, the pooled ones last, and either layout as (outer, *S,
-inner): see `plan`. Selections and sums over small windows of contiguous rows go to `leaf`, over
+inner): see `plan`. Values of small windows, and of whole vectors of channels, go to `leaf`, over
 large windows to `sweep`, everything else forward to `direct`, and all gradients to `backward`.
 """
 
@@ -30,6 +30,8 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LARGEST, _SMALLEST, _TOTAL = Largest(), Smallest(), Total()
 _MANY_COVERS = 36
 """Where more windows cover an element, it is cheaper to ask each window for its winner."""
+_VECTOR = 64
+"""Bytes of a vector register at most."""
 _WORK = 4
 """What an element of an accumulation costs, as bytes of traffic, when threads are counted."""
 
@@ -135,6 +137,11 @@ def _merge(
     if plan.is_leaf and state is None and mask is None:
         arrays = (_flat(x, last), _flat(y, last), plan.geo, plan.tab)
         threads.run(leaf.leaf, plan.rows_out, traffic, tag, *arrays, column, divisor)
+        return
+    is_wide = plan.inner * x.element_size() >= _VECTOR
+    if is_wide and not plan.is_large and state is None and mask is None:
+        arrays = (_flat(x, last), _flat(y, last), plan.geo, plan.tab, plan.inner)
+        threads.run(leaf.channels, plan.rows_out, traffic, tag, *arrays, column, divisor)
         return
     if plan.is_large and mask is None:
         units = plan.outer * -(-int(plan.geo[2, plans.OUT]) // plan.block)

@@ -1,4 +1,5 @@
-"""Values of small windows over contiguous rows: two or three taps along the last axis.
+"""Values alone, the frequent case: of small windows over contiguous rows, two or three taps along
+the last axis, and of windows whose channels are the fastest axis.
 
 The input rows of a window are merged in registers, column by column, and each vector of columns is
 used for as many taps as reach it: every element is loaded once for each output row, and nothing is
@@ -19,9 +20,10 @@ from torchpool.kernels.cpu.lines import (
     request,
     share_of,
     split,
+    taps_of,
     window_rows,
 )
-from torchpool.kernels.cpu.plan import BEFORE, KERNEL, OUT, SIZE, STRIDE
+from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, STRIDE
 from torchpool.kernels.cpu.scalars import (
     APART,
     INNER,
@@ -172,4 +174,65 @@ def leaf(begin, end, tag, x, y, geo, tab, column, fixed):
             row_by_two(
                 tag, x, rows, found, y, unit * outs, geo, counts, scale, is_mean, ahead, lines
             )
+        plane = advance(geo, OUT, o, plane)
+
+
+# Channels last ------------------------------------------------------------------------------
+
+
+@njit(**INNER)
+def windows_of_channels(tag, x, rows, found, at, step, taps):
+    """One window in as many channels as a vector has lanes: `taps` places, `step` apart."""
+    if found == 0 or taps <= 0:
+        return splat(x, identity(tag, x))
+    v = whole(tag, x, rows, found, at)
+    j = 1
+    while j + 1 < taps:
+        following = whole(tag, x, rows, found, at + (j + 1) * step)
+        v = merge3(tag, v, whole(tag, x, rows, found, at + j * step), following)
+        j += 2
+    if j < taps:
+        v = merge(tag, v, whole(tag, x, rows, found, at + j * step))
+    return v
+
+
+@njit(**INNER)
+def row_of_channels(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean, ahead,
+                    lines):  # fmt: skip
+    """One output row; the last vector of a window's channels overlaps the one before."""
+    lanes, dilation = width(x), geo[3, DILATION]
+    for o in range(geo[3, OUT]):
+        ahead = request(x, ahead, lines)
+        first, end, start = taps_of(geo, tab, 3, o)
+        begin = (start + first * dilation) * inner
+        for block in range(0, inner, lanes):
+            c = min(block, inner - lanes)
+            v = windows_of_channels(tag, x, rows, found, begin + c, dilation * inner, end - first)
+            i = o * inner + c
+            store(y, at + i, over(v, counts, i, scale) if is_mean else v)
+
+
+@njit(**JIT)
+def channels(begin, end, tag, x, y, geo, tab, inner, column, fixed):
+    """Output rows as `leaf`, of windows of any size; `inner` channels, at least a vector of them,
+    are the fastest axis."""
+    row = geo[3, OUT] * inner
+    most = most_rows(geo)
+    rows, codes = np.empty(most, np.int64), np.empty(most, np.int64)
+    o = np.empty(3, np.int64)
+    is_mean = column >= 0
+    counts = empty_buffer(x, row)
+    if is_mean:
+        count_row(counts, geo, tab, inner, column, fixed)
+    plane = split(begin, geo, OUT, o)
+    share, lines = share_of(x, y.size // row, geo[3, OUT])
+    for unit in range(begin, end):
+        found = window_rows(geo, tab, o, plane, geo[3, SIZE] * inner, rows, codes)
+        scale = counts.dtype.type(1)
+        if is_mean and fixed == 0:
+            scale = counts.dtype.type(lead_count(geo, tab, column, o))
+        row_of_channels(
+            tag, x, rows, found, y, unit * row, geo, tab, inner, counts, scale, is_mean,
+            np.int64(unit * share) + lines_ahead(x), lines,
+        )  # fmt: skip
         plane = advance(geo, OUT, o, plane)
