@@ -134,22 +134,35 @@ def _merge(
     """Values of windows that are merged, and the offsets of the winners into `state`."""
     last = layout.is_channels_last(x)
     traffic = x.nbytes + y.nbytes
-    if plan.is_leaf and state is None and mask is None:
-        arrays = (_flat(x, last), _flat(y, last), plan.geo, plan.tab)
-        threads.run(leaf.leaf, plan.rows_out, traffic, tag, *arrays, column, divisor)
-        return
-    is_wide = plan.inner * x.element_size() >= _VECTOR
-    if is_wide and not plan.is_large and state is None and mask is None:
-        arrays = (_flat(x, last), _flat(y, last), plan.geo, plan.tab, plan.inner)
-        threads.run(leaf.channels, plan.rows_out, traffic, tag, *arrays, column, divisor)
-        return
-    if plan.is_large and mask is None:
+    arrays = (_flat(x, last), _flat(y, last))
+    geometry = (plan.geo, plan.tab)
+    bare, wide = state is None and mask is None, plan.inner * x.element_size() >= _VECTOR
+    if plan.is_leaf and bare:
+        threads.run(leaf.leaf, plan.rows_out, traffic, tag, *arrays, *geometry, column, divisor)
+    elif wide and not plan.is_large and bare:
+        options: tuple[Any, ...] = (plan.inner, column, divisor)
+        threads.run(leaf.channels, plan.rows_out, traffic, tag, *arrays, *geometry, *options)
+    elif plan.is_large and mask is None:
         units = plan.outer * -(-int(plan.geo[2, plans.OUT]) // plan.block)
         kept = None if state is None else _flat(state, last)
-        options = (plan.geo, plan.tab, plan.inner, plan.block, column, divisor)
-        x_flat, y_flat = _flat(x, last), _flat(y, last)
-        threads.run(sweep.sweep, units, traffic, tag, x_flat, y_flat, kept, *options)
-        return
+        options = (plan.inner, plan.block, column, divisor)
+        threads.run(sweep.sweep, units, traffic, tag, *arrays, kept, *geometry, *options)
+    else:
+        _merge_directly(tag, x, mask, y, state, column, divisor, plan, traffic)
+
+
+def _merge_directly(
+    tag: Any,
+    x: Tensor,
+    mask: Tensor | None,
+    y: Tensor,
+    state: Tensor | None,
+    column: int,
+    divisor: float,
+    plan: Plan,
+    traffic: int,
+) -> None:
+    last = layout.is_channels_last(x)
     weights = None if mask is None else _flat(layout.to_layout(mask.expand(x.shape), last), last)
     kept = state
     if state is not None:
