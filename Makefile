@@ -3,18 +3,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test boundscheck bench docs clean
+.PHONY: run test fuzz boundscheck bench docs clean
 
 run: $(STAMP)            ## trains the same network once per pooling and says which is better
 	$(BIN)/torchpool study
 
-test: $(STAMP)           ## every check
+test: $(STAMP)           ## every check but the long ones: fuzz, boundscheck
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --quiet
 	$(BIN)/python -m pytest tests/test_structure.py
-	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules src tests --ignore tests/test_structure.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules src tests \
+	  --ignore tests/test_structure.py --ignore tests/test_fuzz.py
+
+fuzz: $(STAMP)           ## 2,560 random calls against the oracle
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/test_fuzz.py
 
 boundscheck: $(STAMP)    ## the CPU kernels with every access checked, in a cache of their own
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(CURDIR)/.numba-boundscheck \
