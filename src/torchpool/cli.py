@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
     from torchpool.study.experiment import Plan
+    from torchpool.study.task import Task
 
 try:
     import typer
@@ -29,6 +30,7 @@ console = Console()
 errors = Console(stderr=True)
 DEFAULT_REDUCTIONS = "max,min,mean,lp,powermean,logmeanexp,softmaxmean,std"
 DEFAULT_ARMS = "max,average,softmax,powermean,logmeanexp,mixed,gated,blurred,strided"
+DEFAULT_SERIES_ARMS = "mean,max,last,statistics,autopool,attention,attentive,kmax,pyramid"
 
 
 def main() -> None:
@@ -112,17 +114,32 @@ def _commands(
 
 @app.command()
 def study(
+    task: Annotated[str, typer.Option(help="What is pooled: images or series.")] = "images",
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of class folders of images; default: handwritten digits."),
+        typer.Option(
+            help="Images: a folder of class folders; default: handwritten digits. Series: a .csv "
+            "(id,time,label,features...) or .npz (x, lengths, y) file; default: JapaneseVowels "
+            "and BasicMotions."
+        ),
     ] = None,
     arms: Annotated[
-        str, typer.Option(help="Poolings to compare, the first is the reference.")
-    ] = DEFAULT_ARMS,
-    seeds: Annotated[int, _whole(1, "Networks trained per pooling.")] = 8,
-    epochs: Annotated[int, _whole(1, "Passes over the training images.")] = 5,
-    kernel: Annotated[int, _whole(1, "Window, elements per axis.")] = 2,
-    stride: Annotated[int, _whole(1, "Step between windows.")] = 2,
+        str | None,
+        typer.Option(help="Poolings to compare, the first is the reference; default: all."),
+    ] = None,
+    encoders: Annotated[
+        str | None, typer.Option(help="Series: networks before the pooling; default: gru,cnn.")
+    ] = None,
+    seeds: Annotated[
+        int | None, _whole(1, "Networks trained per pooling; default: 8, series 5.")
+    ] = None,
+    epochs: Annotated[
+        int | None, _whole(1, "Passes over the training data; default: 5, series 20.")
+    ] = None,
+    kernel: Annotated[
+        int | None, _whole(1, "Images: window, elements per axis; default: 2.")
+    ] = None,
+    stride: Annotated[int | None, _whole(1, "Images: step between windows; default: 2.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
     out: Annotated[
         Path, typer.Option(help="Folder for report.html, chart.png and results.json.")
@@ -134,26 +151,78 @@ def study(
 ) -> None:
     """Trains the same network once per pooling and seed, and says which differ by more than noise.
 
-    Every finished trial is stored at once; the same command goes on where it was stopped.
+    Every finished trial is stored at once; the same command goes on where it was stopped. Series
+    have one report per set of data and encoder, in folders of their own.
     """
-    from torchpool.study import data as sources
     from torchpool.study.experiment import Plan, labels
-    from torchpool.study.model import Geometry
 
-    names = labels([name.strip() for name in arms.split(",") if name.strip()])
-    if not names:
-        raise ValueError(f"--arms {arms!r} names no arm; give at least one, as --arms max,average")
     _check_device(device)
+    if task == "images":
+        _refuse("series", encoders=encoders)
+        tasks = {out: _images(data, kernel or 2, stride or 2)}
+        asked = _names("--arms", DEFAULT_ARMS if arms is None else arms)
+        counts = (seeds or 8, epochs or 5)
+    elif task == "series":
+        _refuse("images", kernel=kernel, stride=stride)
+        tasks = _series(data, "gru,cnn" if encoders is None else encoders, out)
+        asked = _names("--arms", DEFAULT_SERIES_ARMS if arms is None else arms)
+        counts = (seeds or 5, epochs or 20)
+    else:
+        raise ValueError(f"--task {task} is not known; choose images or series")
+    plans = {
+        folder: Plan(one, labels(asked, one.arms), *counts, device) for folder, one in tasks.items()
+    }
+    for folder, plan in plans.items():
+        _run(plan, folder, out, storage)
+
+
+def _refuse(other: str, **options: Any) -> None:
+    """Options of another task are not ignored in silence."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name} {value} goes with --task {other} only; leave it out")
+
+
+def _names(option: str, text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(
+            f"{option} {text!r} names no {option[2:-1]}; give at least one, or more "
+            f"with commas between"
+        )
+    return names
+
+
+def _images(data: Path | None, kernel: int, stride: int) -> Task:
+    from torchpool.study import data as sources
+    from torchpool.study.model import Geometry, ImageTask
+
     _check_geometry(kernel, stride)
     images = sources.digits() if data is None else sources.folder(data)
     if images.skipped:
         _say(f"Skipped {len(images.skipped)} unreadable images:")
         for name in images.skipped:
             _say(f"  {name}")
-    geometry = Geometry(kernel, stride)
-    size = len(images.test)
-    plan = Plan(names, seeds, epochs, geometry, device, images.name, images.digest, size)
-    _run(plan, images, out, storage)
+    return ImageTask(images, Geometry(kernel, stride))
+
+
+def _series(data: Path | None, encoders: str, out: Path) -> dict[Path, Task]:
+    """One task for each set of data and encoder, by the folder of its report."""
+    from torchpool.study.series import ENCODERS, SeriesTask
+    from torchpool.study.series_data import DEFAULTS, load
+
+    chosen = dict.fromkeys(_names("--encoders", encoders))
+    for name in chosen:
+        if name not in ENCODERS:
+            raise ValueError(
+                f"--encoders {name}: there is no such encoder; choose from {', '.join(ENCODERS)}"
+            )
+    loaded = [load(None, name) for name in DEFAULTS] if data is None else [load(data)]
+    return {
+        out / f"{Path(series.name).stem}-{encoder}": SeriesTask(series, encoder)
+        for series in loaded
+        for encoder in chosen
+    }
 
 
 def _check_geometry(kernel: int, stride: int) -> None:
@@ -179,13 +248,15 @@ def _check_device(device: str) -> None:
         raise ValueError(f"--device {device} cannot be used: {reason}; try --device cpu") from None
 
 
-def _run(plan: Plan, images: Any, out: Path, storage: str | None) -> None:
+def _run(plan: Plan, folder: Path, out: Path, storage: str | None) -> None:
+    """Runs what a plan misses, and reports into `folder`; trials lie in `out`."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from torchpool.study import report
     from torchpool.study.experiment import Experiment
 
     _make_folder(out)
+    _make_folder(folder)
     where = (
         f"--storage {storage}" if storage else f"{out / 'trials.db'}, the trials of --out {out},"
     )
@@ -197,6 +268,7 @@ def _run(plan: Plan, images: Any, out: Path, storage: str | None) -> None:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{where} cannot be opened: {reason}; {remedy}") from None
     done = sum(len(by_seed) for by_seed in stored.values())
+    _say(f"{plan.task.data}: {plan.task.words.setting}")
     if done:
         console.print(f"Going on: {done} of {len(plan.trials)} trials are stored already.")
     columns = (
@@ -215,7 +287,7 @@ def _run(plan: Plan, images: Any, out: Path, storage: str | None) -> None:
             progress.reset(epoch, description=f"{arm}, seed {seed}", total=plan.epochs)
 
         try:
-            experiment.run(images, on_trial, lambda: progress.advance(epoch))
+            experiment.run(on_trial, lambda: progress.advance(epoch))
             progress.update(total, completed=len(plan.trials))
         except KeyboardInterrupt:
             progress.stop()
@@ -223,7 +295,7 @@ def _run(plan: Plan, images: Any, out: Path, storage: str | None) -> None:
                 "[yellow]Stopped. What has finished is stored; the same command goes on.[/yellow]"
             )
     results = experiment.results()
-    path = report.write(results, images, out)
+    path = report.write(results, folder)
     _print_table(results)
     for line in report.verdict(results):
         console.print(line, markup=False, highlight=False)
@@ -254,7 +326,7 @@ def _print_table(results: Any) -> None:
         "accuracy\n% ± sd",
         f"vs. {reference},\npoints\n± 95 %",
         "p",
-        "shift\ncons.\n%",
+        f"{results.plan.task.words.consistency.split()[0]}\ncons.\n%",
         "para-\nmeters",
         "step,\nms\n(torch)",
         "saved,\nMiB\n(torch)",
