@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from torchpool import small
+
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -18,6 +20,12 @@ _FUZZ = settings(deadline=None, database=None, suppress_health_check=list(Health
 settings.register_profile("fuzz", _FUZZ, max_examples=320, derandomize=True)
 settings.register_profile("brief", _FUZZ, max_examples=40, derandomize=True)
 settings.register_profile("deep", _FUZZ, max_examples=5000, print_blob=True)
+
+
+@pytest.fixture(autouse=True)
+def own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are about our kernels, however small their inputs are."""
+    monkeypatch.setattr(small, "SMALL", 0)
 
 
 @pytest.fixture(params=["reference", "device"])

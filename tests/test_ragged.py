@@ -116,7 +116,8 @@ def test_global_against_the_oracle(reduction):
         expected = oracle.pool(x[n : n + 1].numpy(), [taps], name, p, fill=-7.0)[0]
         np.testing.assert_allclose(y[n : n + 1].numpy(), expected, rtol=1e-12)
         if length > 1:  # the oracle can fail
-            other = oracle.pool(x[n : n + 1].numpy(), [[taps[0][:-1]]], name, p)[0]
+            del taps[0][int(x[n, 0, :length].argmax())]
+            other = oracle.pool(x[n : n + 1].numpy(), [taps], name, p)[0]
             assert not np.allclose(y[n : n + 1].numpy(), other, rtol=1e-12)
 
 
@@ -129,7 +130,7 @@ def test_gradients_are_those_of_the_reference_and_padding_gets_none(
     x = batch(channels=20 if channels_last else 3)
     x = x.transpose(1, 2).contiguous() if channels_last else x
     dim = 1 if channels_last else 2
-    slopes = torch.randn(5, 60, 20, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    slopes = torch.randn(5, 60, 60, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
     found = []
     for backend in ("cpu", "reference"):
         monkeypatch.setenv("TORCHPOOL_BACKEND", backend)
@@ -312,6 +313,7 @@ def test_bad_input_is_named(options, error, words):
         tp.pool(X, tp.Mean(), tp.Global(), **options)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_bad_ragged_forms_are_named():
     strided = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)])
     with pytest.raises(TypeError, match="layout torch"):

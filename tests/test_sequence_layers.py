@@ -741,7 +741,7 @@ X = torch.zeros(2, 3, 5)
         (lambda: OURS.StatisticsPool()(X, [True]), "mask must be a torch.Tensor"),
         (lambda: OURS.StatisticsPool()(X, lengths=[3, 2]), "torch.tensor(lengths)"),
         (lambda: OURS.StatisticsPool()(X, lengths=torch.ones(3).long()), "shape (N,) = (2,)"),
-        (lambda: OURS.StatisticsPool()(X, lengths=torch.ones(2)), "integers"),
+        (lambda: OURS.StatisticsPool()(X, lengths=torch.ones(2)), "integer type"),
         (lambda: OURS.StatisticsPool()(X, torch.ones(2, 5, device="meta") > 0), "lies on meta"),
         (lambda: OURS.KMaxPool(0), "k=0"),
         (lambda: OURS.KMaxPool(2, ratio=1.5), "ratio=1.5"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from torchpool import ops, ragged
+from torchpool import ops, ragged, small
 from torchpool.kernels import layout, lowering, reference
 from torchpool.reductions import Accumulation, Lp, Max, Mean, Reduction, Selection, Sum
 from torchpool.unpool import max_unpool1d, max_unpool2d, max_unpool3d
@@ -629,7 +629,7 @@ def _fill(y: Tensor, case: _Case, fill: float) -> Tensor:
         kind: Any = type(case.reduction)
         p = case.params.detach().reshape(1, -1, *(1,) * len(case.axes))
         least = reference.formula(kind, "least")(p)
-    return torch.where(n > least, y, torch.tensor(fill, dtype=y.dtype, device=y.device))
+    return torch.where(n <= least, torch.tensor(fill, dtype=y.dtype, device=y.device), y)
 
 
 def _contents(case: _Case) -> Tensor:
@@ -805,6 +805,11 @@ def _window(
 
 
 def _max_pool(d: int, x: Tensor, window: Any, return_indices: bool) -> Any:
+    if not return_indices:
+        kernel, stride, *rest = window
+        y = small.pooled(f"max_pool{d}d", x, kernel, () if stride is None else stride, *rest)
+        if y is not None:
+            return y
     _check_rank(x, d, f"max_pool{d}d")
     return pool(
         x, Max(), _window(d, *window), dims=range(x.ndim - d, x.ndim), return_indices=return_indices
@@ -821,6 +826,10 @@ def _avg_pool(
     include: bool,
     divisor: int | None,
 ) -> Tensor:
+    window = (kernel, () if stride is None else stride, padding, ceil_mode, include)
+    made = small.pooled(f"avg_pool{d}d", x, *window, *(() if d == 1 else (divisor,)))
+    if made is not None:
+        return made
     _check_rank(x, d, f"avg_pool{d}d")
     if x.dtype == torch.bool:
         raise TypeError(
@@ -829,16 +838,19 @@ def _avg_pool(
         )
     if divisor == 0:
         raise ValueError("divisor_override=0 must not be zero")
-    window = _window(d, kernel, stride, padding, 1, ceil_mode)
-    y: Tensor = pool(
-        x, Mean(count_include_pad=include, divisor=divisor), window, dims=range(x.ndim - d, x.ndim)
-    )
+    reduction = Mean(count_include_pad=include, divisor=divisor)
+    windows = _window(d, kernel, stride, padding, 1, ceil_mode)
+    y: Tensor = pool(x, reduction, windows, dims=range(x.ndim - d, x.ndim))
     return y
 
 
 def _adaptive(
     d: int, x: Tensor, reduction: Reduction, output_size: Any, return_indices: bool = False
 ) -> Any:
+    if isinstance(reduction, Mean):
+        y = small.pooled(f"adaptive_avg_pool{d}d", x, output_size)
+        if y is not None:
+            return y
     _check_rank(x, d, f"adaptive pooling over {d} axes")
     sizes = tuple(output_size) if isinstance(output_size, Sequence) else (output_size,) * d
     if len(sizes) != d:

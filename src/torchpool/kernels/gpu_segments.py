@@ -154,7 +154,7 @@ def accumulate_kernel(
     first_sum = tl.sum(s0, axis=0)[None, :]
     second_sum = tl.sum(s1, axis=0)[None, :]
     contents = tl.sum(number, axis=0)[None, :]
-    filled = contents > LEAST(p)
+    filled = ~(contents <= LEAST(p))
     m = contents
     if PADDED:
         m += tl.load(row + 2).to(WIDE)
@@ -175,7 +175,7 @@ def accumulate_kernel(
         tl.store(stats + total + dense, first_sum, mask=live)
         if SUMS == 2:
             tl.store(stats + 2 * total + dense, second_sum, mask=live)
-        tl.store(stats + (SUMS + 1) * total + dense, tl.where(filled, m, float("nan")), mask=live)
+        tl.store(stats + (SUMS + 1) * total + dense, tl.where(filled, m, float("-inf")), mask=live)
 
 
 # Backward
@@ -545,6 +545,6 @@ def _shares(
         count, padding = starts[:, :, 0, :, 1], starts[:, :, 0, :, 2]
         number = (count + padding if call.counts_padding else count).to(grad.dtype)
         number = torch.full_like(number, call.divisor) if call.divisor else number
-        number = torch.where(count > 0, number, torch.nan)
+        number = torch.where(count > 0, number, -torch.inf)
     p = call.params.unsqueeze(-1)
     return reference.shares(reduction, grad, a, sums, number, p, call.divisor)

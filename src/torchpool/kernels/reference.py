@@ -167,23 +167,11 @@ def _bands(
         yield band, [Corner(first.axis, first.start[:, :, band], stop, padded), *rest]
 
 
-def _windows_of(axes: Sequence[Corner]) -> tuple[Tensor, Tensor]:
+def _windows_of(corners: Sequence[Corner]) -> tuple[Tensor, Tensor]:
     """Flat positions of all taps, (1 | N, 1 | C, *O, prod K), and whether they lie inside the
     input."""
-    d = len(axes)
-    flat: Tensor | int = 0
-    inside: Tensor | bool = True
-    for i, (axis, start, stop, _) in enumerate(axes):
-        taps = torch.arange(axis.kernel, device=start.device) * axis.dilation
-        position = start.reshape(*start.shape[:-1], *(1,) * d) + taps.reshape(
-            -1, *(1,) * (d - 1 - i)
-        )
-        limit = stop if not isinstance(stop, Tensor) else stop.reshape(*stop.shape[:-1], *(1,) * d)
-        inside = inside & (position >= 0) & (position < limit)
-        flat = flat * axis.in_size + position.clamp(0, axis.in_size - 1)
-    assert isinstance(flat, Tensor)
-    assert isinstance(inside, Tensor)
-    return flat.flatten(-d), inside.expand(flat.shape).flatten(-d)
+    taps = math.prod(corner.axis.kernel for corner in corners)
+    return locate(torch.arange(taps, device=corners[0].start.device), corners)
 
 
 def _gather(x: Tensor, flat: Tensor) -> Tensor:
@@ -391,7 +379,7 @@ def _prepare(
     windows = torch.where(valid, windows, torch.where(some, stand_in, 1))
     total = valid.sum(-1).to(real) if w is None else w.sum(-1)
     least = formula(type(reduction), "least")(p.squeeze(-1) if p.ndim else p)
-    seen = total > least
+    seen = ~(total <= least)  # a NaN among the weights is seen
     n = torch.where(seen, _count(total, reduction, part), least + 1)
     a = torch.zeros((), dtype=real, device=x.device)
     if reduction.anchor == "max":
@@ -556,9 +544,9 @@ def shares(
     divisor: float,
 ) -> tuple[Tensor, Tensor]:
     """What the gradient of each window means for its sums and its n (stacked), and for the
-    parameter, from saved statistics; n is NaN where the window is empty. All broadcast to grad."""
+    parameter, from saved statistics; n is -inf where the window is empty. All broadcast to grad."""
     kind: Any = type(reduction)
-    filled = n == n
+    filled = n != -torch.inf
     n = torch.where(filled, n, formula(kind, "least")(p) + 1)
     safe = tuple(torch.where(filled, s, 1) for s in sums)
     by_sums, by_n, by_p = formula(kind, "finish_grad")(safe, n, torch.where(filled, a, 0), p)

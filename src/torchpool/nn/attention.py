@@ -53,7 +53,8 @@ class _Scored(OverTime):
 
     def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
         x = cleaned(x, valid)
-        return x @ self._weights(x, valid).mT.to(x.dtype)
+        y: Tensor = x @ self._weights(x, valid).mT.to(x.dtype)
+        return y.to(x.dtype)  # autocast multiplies in its own type
 
 
 class GatedAttentionPool(_Scored):

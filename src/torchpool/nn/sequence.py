@@ -486,11 +486,13 @@ class GaussianPool(OverTime):
         (axis,) = self.windows.axes((x.shape[2],))
         room = (axis.before, axis.after)
         taps = self.taps().to(x.dtype).unsqueeze(1)
-        y = F.conv1d(F.pad(cleaned(x, valid), room), taps, stride=axis.stride, groups=self.channels)
+        padded = F.pad(cleaned(x, valid), room)
+        y = F.conv1d(padded, taps, stride=axis.stride, groups=self.channels)
+        y = y.to(x.dtype)  # autocast multiplies in its own type
         if self.normalise:
             inside = (all_valid(x) if valid is None else valid)[:, None].to(x.dtype)
             total = F.conv1d(F.pad(inside, room), taps, stride=axis.stride)
-            return torch.where(total > 0, y / total.where(total > 0, 1), self.fill)
+            return torch.where(total > 0, y / total.where(total > 0, 1).to(x.dtype), self.fill)
         if valid is None:
             return y
         return y.masked_fill(~self.windows.pool_mask(valid[:, None]), self.fill)

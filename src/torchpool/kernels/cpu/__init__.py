@@ -134,16 +134,14 @@ def _merge(
     traffic = x.nbytes + y.nbytes
     if plan.is_leaf and state is None and mask is None:
         arrays = (_flat(x, last), _flat(y, last), plan.geo, plan.tab)
-        threads.run(
-            leaf.leaf, leaf.leaf_parallel, plan.rows_out, traffic, tag, *arrays, column, divisor
-        )
+        threads.run(leaf.leaf, plan.rows_out, traffic, tag, *arrays, column, divisor)
         return
     if plan.is_large and mask is None:
         units = plan.outer * -(-int(plan.geo[2, plans.OUT]) // plan.block)
         kept = None if state is None else _flat(state, last)
         options = (plan.geo, plan.tab, plan.inner, plan.block, column, divisor)
-        kernels = (sweep.sweep, sweep.sweep_parallel)
-        threads.run(*kernels, units, traffic, tag, _flat(x, last), _flat(y, last), kept, *options)
+        x_flat, y_flat = _flat(x, last), _flat(y, last)
+        threads.run(sweep.sweep, units, traffic, tag, x_flat, y_flat, kept, *options)
         return
     weights = None if mask is None else _flat(layout.to_layout(mask.expand(x.shape), last), last)
     kept = state
@@ -167,7 +165,6 @@ def _run_direct(
     last = layout.is_channels_last(x)
     threads.run(
         direct.direct,
-        direct.direct_parallel,
         plan.rows_out,
         traffic,
         _way(plan),
@@ -212,7 +209,6 @@ def _scatter(grad: Tensor, state: Any, gx: Tensor, plan: Plan) -> None:
     last = layout.is_channels_last(gx)
     threads.run(
         scatter.scatter,
-        scatter.scatter_parallel,
         plan.outer * plan.bands,
         gx.nbytes + grad.nbytes,
         _flat(grad, last),
@@ -241,7 +237,6 @@ def _run_backward(
     last = layout.is_channels_last(gx)
     threads.run(
         gradients.backward,
-        gradients.backward_parallel,
         plan.outer * plan.bands,
         gx.nbytes + grad.nbytes,
         _way(plan),
@@ -489,7 +484,6 @@ def _by_parameter(
     by_p = np.empty(plan.rows_out * plan.inner, params.dtype)
     threads.run(
         direct.by_parameter,
-        direct.by_parameter_parallel,
         plan.rows_out,
         _WORK * grad.numel() * plan.taps,
         _way(plan),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import overload
 
 from torchpool.kernels.cpu import formulas
@@ -28,7 +28,7 @@ from torchpool.kernels.cpu.direct import (
     put_lanes,
     strided,
 )
-from torchpool.kernels.cpu.formulas import finish_grad, lift, lift_dx, num_sums
+from torchpool.kernels.cpu.formulas import alike, finish_grad, lift, lift_dx, num_sums
 from torchpool.kernels.cpu.lines import (
     advance,
     count_row,
@@ -193,7 +193,7 @@ def _send(tag, total, shares, codes, at, code, x, weight, p):
         a = load_as(shares[slots + 1], at, x)
         n = load_as(shares[slots + 2], at, x)
         sent = dot(load_shares(tag, shares, at, x), lift_dx(tag, x, a, p))
-        return tally(tag, total, shares, at, n == n, sent, x, weight, a, p)
+        return tally(tag, total, shares, at, n != alike(-np.inf, n), sent, x, weight, a, p)
 
     return by_formula
 
@@ -640,7 +640,7 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
     shares = np.empty((num_shares(tag), most * each * room + 128), number)
     shares[:] = 0
     if shares.shape[0] > 1:
-        shares[shares.shape[0] - 1, :] = np.nan
+        shares[shares.shape[0] - 1, :] = -np.inf
     codes = empty_codes(state, tag, most * each * room + 128)
     covers = most_covers(geo, tab)
     rows, bases = np.empty(covers, np.int64), np.empty(covers, np.int64)
@@ -694,16 +694,6 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
                 rows[q] += origin
             row_of(way, tag, x, weights, p, params, gx, gw, line * size, rows, bases, found, shares,
                    codes, taps, row, hits, wide, geo, tab, inner)  # fmt: skip
-
-
-@njit(parallel=True, **JIT)
-def backward_parallel(threads, units, way, tag, g, x, weights, params, state, gx, gw, geo, tab,
-                      inner, channels, planes_each, band, column, fixed):  # fmt: skip
-    for t in prange(threads):
-        backward(
-            units * t // threads, units * (t + 1) // threads, way, tag, g, x, weights, params,
-            state, gx, gw, geo, tab, inner, channels, planes_each, band, column, fixed,
-        )  # fmt: skip
 
 
 def empty_codes(state: Any, tag: Any, size: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 
 from torchpool.kernels.cpu import formulas
 from torchpool.kernels.cpu.formulas import (
@@ -695,12 +695,12 @@ def _solve_formulas(place, tag, x, weights, lines, state, geo, p, pads, o, fixed
         )
         a = choose(n != 0, total / n, total)
     s, n = visit(place, LIFT, tag, begin(LIFT, tag, like, None), x, weights, lines, geo, a, p)
-    seen = n > least(tag, p)
+    is_empty = n <= least(tag, p)
     count = n
     if is_mean:
         count = splat_as(n, fixed) if fixed != 0 else n + divisors(place, like, pads, o)
-    value = choose(seen, finish(tag, s, count, a, p), like)
-    return value, (a, s, choose(seen, count, splat_as(n, np.nan)))
+    value = choose(is_empty, like, finish(tag, s, count, a, p))
+    return value, (a, s, choose(is_empty, splat_as(n, -np.inf), count))
 
 
 # Writing ------------------------------------------------------------------------------------
@@ -951,16 +951,6 @@ def direct(begin, end, way, tag, x, weights, params, y, state, geo, tab, inner, 
         plane = advance(geo, OUT, o, plane)
 
 
-@njit(parallel=True, **JIT)
-def direct_parallel(threads, units, way, tag, x, weights, params, y, state, geo, tab, inner,
-                    channels, planes_each, column, fixed):  # fmt: skip
-    for t in prange(threads):
-        direct(
-            units * t // threads, units * (t + 1) // threads, way, tag, x, weights, params, y,
-            state, geo, tab, inner, channels, planes_each, column, fixed,
-        )  # fmt: skip
-
-
 # The derivative by the parameter ----------------------------------------------------------
 
 
@@ -1018,7 +1008,7 @@ def slope(place, tag, g, x, weights, lines, state, at, count, size, geo, p):
     d, _, dp = finish_grad(tag, kept_sums(tag, place, state, at, count, size, like), n, a, p)
     held = begin(SLOPE, tag, like, None)
     sent = visit(place, SLOPE, tag, held, x, weights, lines, geo, (a, d), p)[0]
-    return choose((n == n) & (lane_numbers(like) < count), v * (dp + sent), like)
+    return choose((n != splat_as(n, -np.inf)) & (lane_numbers(like) < count), v * (dp + sent), like)
 
 
 def slopes(way: Any, *args: Any) -> None:
@@ -1090,13 +1080,3 @@ def by_parameter(begin, end, way, tag, g, x, weights, params, state, by_p, geo, 
         slopes(way, tag, g, x, weights, row, state, by_p, unit * inner, unit * row_size,
                (rows, codes, found), geo, tab, inner)  # fmt: skip
         plane = advance(geo, OUT, o, plane)
-
-
-@njit(parallel=True, **JIT)
-def by_parameter_parallel(threads, units, way, tag, g, x, weights, params, state, by_p, geo, tab,
-                          inner, channels, planes_each):  # fmt: skip
-    for t in prange(threads):
-        by_parameter(
-            units * t // threads, units * (t + 1) // threads, way, tag, g, x, weights, params,
-            state, by_p, geo, tab, inner, channels, planes_each,
-        )  # fmt: skip

@@ -8,7 +8,7 @@ written but results.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from torchpool.kernels.cpu.lines import (
     advance,
@@ -173,9 +173,3 @@ def leaf(begin, end, tag, x, y, geo, tab, column, fixed):
                 tag, x, rows, found, y, unit * outs, geo, counts, scale, is_mean, ahead, lines
             )
         plane = advance(geo, OUT, o, plane)
-
-
-@njit(parallel=True, **JIT)
-def leaf_parallel(threads, units, tag, x, y, geo, tab, column, fixed):
-    for t in prange(threads):
-        leaf(units * t // threads, units * (t + 1) // threads, tag, x, y, geo, tab, column, fixed)

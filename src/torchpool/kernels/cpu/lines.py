@@ -26,7 +26,14 @@ from torchpool.kernels.cpu.simd import prefetch
 @njit(**INNER)
 def is_idle(geo, a):
     """Whether nothing is pooled along axis `a`; such an axis has no tables."""
-    return geo[a, KERNEL] == 1 and geo[a, STRIDE] == 1 and geo[a, BEFORE] == 0
+    is_plain = geo[a, KERNEL] == 1 and geo[a, STRIDE] == 1 and geo[a, BEFORE] == 0
+    return is_plain and geo[a, SIZE] == geo[a, OUT]
+
+
+@njit(**INNER)
+def is_flat(geo):
+    """Whether the first two axes are trivial."""
+    return geo[0, SIZE] == 1 and geo[1, SIZE] == 1 and is_idle(geo, 0) and is_idle(geo, 1)
 
 
 @njit(**INNER)
@@ -71,7 +78,7 @@ def window_rows(geo, tab, o, plane, size, rows, codes):
     """The input rows of an output row: where each begins, in elements, and the offset of its first
     tap in the window. Returns how many there are."""
     found = 0
-    if geo[0, SIZE] == 1 and geo[1, SIZE] == 1:
+    if is_flat(geo):
         first, end, start = taps_of(geo, tab, 2, o[2])
         for j in range(first, end):
             rows[found] = (plane * geo[2, SIZE] + start + j * geo[2, DILATION]) * size
@@ -114,7 +121,7 @@ def cover_rows(geo, tab, i, plane, size, rows, codes):
     """The output rows that cover an input row, in order: where each begins, in elements, and the
     offset in its window of the row's first tap. Returns how many there are."""
     found = 0
-    if geo[0, SIZE] == 1 and geo[1, SIZE] == 1 and geo[0, OUT] == 1 and geo[1, OUT] == 1:
+    if is_flat(geo):
         begin, end = covers_of(geo, tab, 2, i[2])
         for k in range(begin, end):
             o, j = covering(geo, tab, 2, i[2], k)

@@ -8,7 +8,7 @@ terms.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from torchpool.kernels.cpu.backward import lead_axis, outputs_of, rest_of
 from torchpool.kernels.cpu.lines import advance, is_idle, split
@@ -104,11 +104,3 @@ def send_row(g, state, total, line, base, top, height, slab, rows, columns, geo,
                 held, place = total.dtype.type(element(g, i)), spot
     if place >= 0:
         total[place] += held
-
-
-@njit(parallel=True, **JIT)
-def scatter_parallel(threads, units, g, state, gx, geo, tab, inner, band):
-    for t in prange(threads):
-        scatter(
-            units * t // threads, units * (t + 1) // threads, g, state, gx, geo, tab, inner, band
-        )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from torchpool.kernels import layout, reference
@@ -66,14 +66,6 @@ _LARGEST, _SMALLEST = Largest(), Smallest()
 
 
 # Pieces of work -------------------------------------------------------------
-
-
-@njit(**COPYING)
-def bound(ends, share, shares, units):
-    """Where the given share of the work begins; `ends` is the running sum of the units' work."""
-    if share == shares:
-        return units
-    return np.searchsorted(ends, ends[-1] * share // shares, side="right")
 
 
 @njit(**COPYING)
@@ -341,22 +333,22 @@ def reduce_window(tag, b, x, weights, at, count, step, width, group):
 
 @njit(**COPYING)
 def end_window(tag, b, y, stats, at, width, step, extra, divisor):
-    """Writes values and statistics of `width` lanes; n is NaN where the window is empty."""
+    """Writes values and statistics of `width` lanes; n is -inf where the window is empty."""
     number = y.dtype.type
-    zero, nan = number(0), number(np.nan)
+    zero, none = number(0), number(-np.inf)
     for k in range(width):
         i = U(k)
         n, a, p = b[COUNT + i], b[ANCHOR + i], b[PARAM + i]
-        seen = n > least(tag, p)
+        is_empty = n <= least(tag, p)
         counted = divisor if divisor != 0 else n + number(extra[k if extra.size > 1 else 0])
         sums = (b[S0 + i], b[S1 + i], b[S2 + i], b[S3 + i])
         value = finish(tag, trimmed(tag, sums), counted, a, p)
-        y[at + k] = value if seen else zero
+        y[at + k] = zero if is_empty else value
         if stats.size:
             stats[at + k] = a
             for slot in range(num_sums(tag)):
                 stats[(slot + 1) * step + at + k] = sums[slot]
-            stats[(num_sums(tag) + 1) * step + at + k] = counted if seen else nan
+            stats[(num_sums(tag) + 1) * step + at + k] = none if is_empty else counted
 
 
 @njit(**COPYING)
@@ -364,12 +356,14 @@ def empty_window(tag, y, stats, at, width, step):
     for i in range(width):
         y[at + i] = 0
         if stats.size:
-            stats[(num_sums(tag) + 1) * step + at + i] = np.nan
+            for slot in range(num_sums(tag) + 1):
+                stats[slot * step + at + i] = 0
+            stats[(num_sums(tag) + 1) * step + at + i] = -np.inf
 
 
 @njit(**JIT)
 def forward(
-    begin, end, ends, tag, x, weights, params, y, stats, table, size, inner, channels, step, group,
+    begin, end, tag, x, weights, params, y, stats, table, size, inner, channels, step, group,
     divisor,
 ):  # fmt: skip
     """One unit per window and block of inner elements."""
@@ -446,7 +440,7 @@ def reduce_short(tag, b, x, weights, base, table, step, longest):
 
 @njit(**JIT)
 def forward_planes(
-    begin, end, ends, tag, x, weights, params, y, stats, table, size, channels, step, divisor, per
+    begin, end, tag, x, weights, params, y, stats, table, size, channels, step, divisor, per
 ):
     """One unit per plane with one inner element; `per` planes share a row of the table."""
     outs = table.shape[1]
@@ -489,7 +483,7 @@ def window_share(tag, b, share, stats, params, at, total, plane, channels, inner
 
 @njit(**JIT)
 def parameter_sums(
-    begin, end, ends, tag, x, weights, params, stats, share, by_p, table, size, inner, channels,
+    begin, end, tag, x, weights, params, stats, share, by_p, table, size, inner, channels,
     step, group, per,
 ):  # fmt: skip
     """What the parameter gets through the terms of each window; one unit per window and block of
@@ -596,7 +590,7 @@ def backward_block(
 
 @njit(**JIT)
 def backward(
-    begin, end, ends, tag, x, weights, params, stats, share, gx, gw, table, size, inner, channels,
+    begin, end, tag, x, weights, params, stats, share, gx, gw, table, size, inner, channels,
     step, group, per, blocks,
 ):  # fmt: skip
     """One unit per plane and block of rows."""
@@ -688,7 +682,7 @@ def select_window(tag, best, held, t, x, mask, live, at, count, step, width, gro
 
 
 @njit(**JIT)
-def select_windows(begin, end, ends, tag, x, mask, y, state, table, size, inner, step, group, per):
+def select_windows(begin, end, tag, x, mask, y, state, table, size, inner, step, group, per):
     """One unit per window and block of inner elements."""
     width, blocks = min(inner, ROOM), (inner + ROOM - 1) // ROOM
     outs = table.shape[1]
@@ -716,7 +710,7 @@ def select_windows(begin, end, ends, tag, x, mask, y, state, table, size, inner,
 
 
 @njit(**JIT)
-def scatter(begin, end, ends, grad, state, gx, table, size, inner, step, per, blocks):
+def scatter(begin, end, grad, state, gx, table, size, inner, step, per, blocks):
     """One unit per plane and block of rows: each winner gets its windows' gradients."""
     outs = table.shape[1]
     for unit in range(begin, end):
@@ -733,79 +727,6 @@ def scatter(begin, end, ends, grad, state, gx, table, size, inner, step, per, bl
                 row = first + state[at + c] * step
                 if low <= row < high:
                     gx[(plane * size + row) * inner + c] += grad[at + c]
-
-
-# On several threads: each takes the units of its share of the work -------------------------
-
-
-@njit(parallel=True, **JIT)
-def forward_parallel(
-    shares, units, ends, tag, x, weights, params, y, stats, table, size, inner, channels, step,
-    group, divisor,
-):  # fmt: skip
-    for i in prange(shares):
-        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
-        forward(
-            begin, end, ends, tag, x, weights, params, y, stats, table, size, inner, channels, step,
-            group, divisor,
-        )  # fmt: skip
-
-
-@njit(parallel=True, **JIT)
-def forward_planes_parallel(
-    shares, units, ends, tag, x, weights, params, y, stats, table, size, channels, step, divisor,
-    per,
-):  # fmt: skip
-    for i in prange(shares):
-        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
-        forward_planes(
-            begin, end, ends, tag, x, weights, params, y, stats, table, size, channels, step,
-            divisor, per,
-        )  # fmt: skip
-
-
-@njit(parallel=True, **JIT)
-def parameter_sums_parallel(
-    shares, units, ends, tag, x, weights, params, stats, share, by_p, table, size, inner, channels,
-    step, group, per,
-):  # fmt: skip
-    for i in prange(shares):
-        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
-        parameter_sums(
-            begin, end, ends, tag, x, weights, params, stats, share, by_p, table, size, inner,
-            channels, step, group, per,
-        )  # fmt: skip
-
-
-@njit(parallel=True, **JIT)
-def backward_parallel(
-    shares, units, ends, tag, x, weights, params, stats, share, gx, gw, table, size, inner,
-    channels, step, group, per, blocks,
-):  # fmt: skip
-    for i in prange(shares):
-        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
-        backward(
-            begin, end, ends, tag, x, weights, params, stats, share, gx, gw, table, size, inner,
-            channels, step, group, per, blocks,
-        )  # fmt: skip
-
-
-@njit(parallel=True, **JIT)
-def select_windows_parallel(
-    shares, units, ends, tag, x, mask, y, state, table, size, inner, step, group, per
-):
-    for i in prange(shares):
-        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
-        select_windows(
-            begin, end, ends, tag, x, mask, y, state, table, size, inner, step, group, per
-        )
-
-
-@njit(parallel=True, **JIT)
-def scatter_parallel(shares, units, ends, grad, state, gx, table, size, inner, step, per, blocks):
-    for i in prange(shares):
-        begin, end = bound(ends, i, shares, units), bound(ends, i + 1, shares, units)
-        scatter(begin, end, ends, grad, state, gx, table, size, inner, step, per, blocks)
 
 
 # From tensors to kernels ------------------------------------------------------------
@@ -878,12 +799,6 @@ def _batch(like: Tensor, starts: Tensor, axis: Axis, channels_last: bool) -> _Ba
     return _Batch(channels_last, table, axis.in_size, planes, inner, c, axis.dilation, group, per)
 
 
-def _run(kernel: Any, parallel: Any, units: int, traffic: int, ends: Any, *args: Any) -> None:
-    """Runs a kernel; `ends()` gives the running sum of the units' work where threads share it."""
-    found = ends() if threads.count(traffic) > 1 else np.zeros(1, np.int64)
-    threads.run(kernel, parallel, units, traffic, found, *args)
-
-
 def _why_not(starts: Tensor, axes: Sequence[Axis]) -> str | None:
     if starts.shape[1] != 1:
         return "windows that differ from channel to channel are served by the reference"
@@ -933,10 +848,10 @@ def select(
         arrays = [_flat(t, channels_last) for t in (x, valid, y, state)]
         blocks = -(-batch.inner // ROOM)
         traffic = batch.elements * x.element_size()
-        _run(
-            select_windows, select_windows_parallel, batch.windows * blocks, traffic,
-            lambda: batch.window_ends(blocks), _LARGEST if reduction.largest else _SMALLEST,
-            *arrays, batch.table, batch.size, batch.inner, batch.step, batch.group, batch.per,
+        threads.run(
+            select_windows, batch.windows * blocks, traffic,
+            _LARGEST if reduction.largest else _SMALLEST, *arrays, batch.table, batch.size,
+            batch.inner, batch.step, batch.group, batch.per, ends=lambda: batch.window_ends(blocks),
         )  # fmt: skip
     return y.to(x.dtype), state.to(dtype)
 
@@ -952,10 +867,9 @@ def select_backward(grad: Tensor, state: Tensor, starts: Tensor, axes: Sequence[
         arrays = [_flat(t, channels_last) for t in (sent, state.to(torch.int32), gx)]
         traffic = gx.numel() * gx.element_size()
         blocks = batch.row_blocks(traffic)
-        _run(
-            scatter, scatter_parallel, batch.planes * blocks, traffic,
-            lambda: batch.plane_ends(blocks), *arrays, batch.table, batch.size, batch.inner,
-            batch.step, batch.per, blocks,
+        threads.run(
+            scatter, batch.planes * blocks, traffic, *arrays, batch.table, batch.size, batch.inner,
+            batch.step, batch.per, blocks, ends=lambda: batch.plane_ends(blocks),
         )  # fmt: skip
     return gx.to(grad.dtype)
 
@@ -1053,17 +967,15 @@ def _forward(call: _Call, y: Any, stats: Any, reduction: Accumulation) -> None:
     traffic = batch.elements * y.itemsize
     arrays = (call.tag, call.x, call.weights, call.params, y, stats, table, batch.size)
     if batch.inner == 1:
-        _run(
-            forward_planes, forward_planes_parallel, batch.planes, traffic,
-            lambda: batch.plane_ends(1), *arrays, batch.channels, batch.step, call.divisor,
-            batch.per,
+        threads.run(
+            forward_planes, batch.planes, traffic, *arrays, batch.channels, batch.step,
+            call.divisor, batch.per, ends=lambda: batch.plane_ends(1),
         )  # fmt: skip
         return
     blocks = -(-batch.inner // ROOM)
-    _run(
-        forward, forward_parallel, batch.windows * blocks, traffic,
-        lambda: batch.window_ends(blocks), *arrays, batch.inner, batch.channels, batch.step,
-        batch.group, call.divisor,
+    threads.run(
+        forward, batch.windows * blocks, traffic, *arrays, batch.inner, batch.channels, batch.step,
+        batch.group, call.divisor, ends=lambda: batch.window_ends(blocks),
     )  # fmt: skip
 
 
@@ -1115,16 +1027,16 @@ def accumulate_backward(
         made = (_flat(gx, channels_last), _flat(gw, channels_last))
         units = batch.planes * blocks
         group = batch.group if batch.step == 1 else 1
-        _run(
-            backward, backward_parallel, units, traffic, lambda: batch.plane_ends(blocks), *arrays,
-            *made, *geometry[:-1], group, batch.per, blocks,
+        threads.run(
+            backward, units, traffic, *arrays, *made, *geometry[:-1], group, batch.per, blocks,
+            ends=lambda: batch.plane_ends(blocks),
         )  # fmt: skip
     if needs[2]:
         by_p = np.empty(grad.numel(), share.dtype)
         blocks = -(-batch.inner // ROOM)
-        _run(
-            parameter_sums, parameter_sums_parallel, batch.windows * blocks, traffic,
-            lambda: batch.window_ends(blocks), *arrays, by_p, *geometry, batch.per,
+        threads.run(
+            parameter_sums, batch.windows * blocks, traffic, *arrays, by_p, *geometry, batch.per,
+            ends=lambda: batch.window_ends(blocks),
         )  # fmt: skip
         gp = _parameter_gradient(by_p + through, grad, call)
     return gx.to(grad.dtype), gw, gp
@@ -1147,7 +1059,7 @@ def _shares(
         table = torch.from_numpy(_counted(batch, reduction))
         number = (table[..., 1] + table[..., 2]).to(grad.dtype)
         number = torch.full_like(number, call.divisor) if call.divisor else number
-        number = torch.where(table[..., 1] > 0, number, torch.nan)
+        number = torch.where(table[..., 1] > 0, number, -torch.inf)
         number = number.unsqueeze(-1 if batch.channels_last else 1)
     p = torch.from_numpy(call.params).reshape(along)
     by_sums, by_p = reference.shares(reduction, g, a, sums, number, p, call.divisor)

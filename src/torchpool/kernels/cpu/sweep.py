@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import overload
 
 from torchpool.kernels.cpu.direct import keep_state, put_lanes, scaled
@@ -444,12 +444,3 @@ def sweep(begin, end, tag, x, y, state, geo, tab, inner, block, column, fixed):
         for c in range(0, row_size, lanes):
             down(tag, buffer, codes, pitch, first, count, c, ends, end_codes, y, state, to,
                  row_size, counts, is_mean, fixed, column, firsts, geo, tab)  # fmt: skip
-
-
-@njit(parallel=True, **JIT)
-def sweep_parallel(threads, units, tag, x, y, state, geo, tab, inner, block, column, fixed):
-    for t in prange(threads):
-        sweep(
-            units * t // threads, units * (t + 1) // threads, tag, x, y, state, geo, tab, inner,
-            block, column, fixed,
-        )  # fmt: skip

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 
-PARALLEL_BYTES = 1 << 17
+from torchpool.kernels.cpu import shares
+
+PARALLEL_BYTES = 1 << 19
 """Bytes of traffic below which waking a second thread costs more than it saves."""
 
 config: Any = numba.config  # numba fills it in while it is imported
@@ -53,23 +55,27 @@ def count(traffic: int) -> int:
     return int(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
 
 
-def run(
-    serial: Callable[..., None], parallel: Callable[..., None], units: int, traffic: int, *args: Any
-) -> None:
+def run(kernel: Any, units: int, traffic: int, *args: Any, ends: Any = None) -> None:
     """Runs a kernel over `units` independent pieces of work.
 
     Args:
-        serial: `serial(begin, end, *args)` does the pieces `begin .. end - 1`.
-        parallel: `parallel(threads, units, *args)` does all of them.
+        kernel: `kernel(begin, end, *args)` does the pieces `begin .. end - 1`.
         traffic: bytes moved, which decides whether threads pay.
+        ends: a function that gives the running sum of the work of the pieces; by default all are
+            as much.
     """
     threads = min(count(traffic), units)
     if threads <= 1:
-        serial(0, units, *args)
+        kernel(0, units, *args)
         return
+    bounds = np.array([units * t // threads for t in range(threads + 1)], np.int64)
+    if ends is not None:
+        work = ends()
+        bounds = np.searchsorted(work, work[-1] * np.arange(threads + 1) // threads, side="right")
+        bounds[-1] = units
     numba.set_num_threads(threads)
     with _entry():
-        parallel(threads, units, *args)
+        shares.run(kernel, bounds, args)
 
 
 def _layer() -> str:

@@ -141,7 +141,7 @@ def _put(
     DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """Finishes windows and writes their values, and (anchor, derivatives by sums and n)."""
-    filled = number > LEAST(p)
+    filled = ~(number <= LEAST(p))
     n = tl.where(filled, n, LEAST(p) + 1)
     safe = ()
     for k in tl.static_range(len(sums)):
@@ -164,7 +164,7 @@ def _put_by_parameter(
     GRAD: tl.constexpr, LEAST: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes what the windows of a program add to dL/dp, summed along AXIS."""
-    filled = number > LEAST(p)
+    filled = ~(number <= LEAST(p))
     n = tl.where(filled, n, LEAST(p) + 1)
     safe = ()
     for k in tl.static_range(len(sums)):
