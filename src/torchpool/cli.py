@@ -28,9 +28,8 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+SAVED = ("saved_bytes", "torch_saved_bytes")
 DEFAULT_REDUCTIONS = "max,min,mean,lp,powermean,logmeanexp,softmaxmean,std"
-DEFAULT_ARMS = "max,average,softmax,powermean,logmeanexp,mixed,gated,blurred,strided"
-DEFAULT_SERIES_ARMS = "mean,max,last,statistics,autopool,attention,attentive,kmax,pyramid"
 
 
 def main() -> None:
@@ -134,7 +133,7 @@ def study(
         int | None, _whole(1, "Networks trained per pooling; default: 8, series 5.")
     ] = None,
     epochs: Annotated[
-        int | None, _whole(1, "Passes over the training data; default: 5, series 20.")
+        int | None, _whole(1, "Passes over the training data; default: 5, series 15.")
     ] = None,
     kernel: Annotated[
         int | None, _whole(1, "Images: window, elements per axis; default: 2.")
@@ -160,17 +159,17 @@ def study(
     if task == "images":
         _refuse("series", encoders=encoders)
         tasks = {out: _images(data, kernel or 2, stride or 2)}
-        asked = _names("--arms", DEFAULT_ARMS if arms is None else arms)
         counts = (seeds or 8, epochs or 5)
     elif task == "series":
         _refuse("images", kernel=kernel, stride=stride)
         tasks = _series(data, "gru,cnn" if encoders is None else encoders, out)
-        asked = _names("--arms", DEFAULT_SERIES_ARMS if arms is None else arms)
-        counts = (seeds or 5, epochs or 20)
+        counts = (seeds or 5, epochs or 15)
     else:
         raise ValueError(f"--task {task} is not known; choose images or series")
+    asked = None if arms is None else _names("--arms", arms)
     plans = {
-        folder: Plan(one, labels(asked, one.arms), *counts, device) for folder, one in tasks.items()
+        folder: Plan(one, labels(asked or list(one.arms), one.arms), *counts, device)
+        for folder, one in tasks.items()
     }
     for folder, plan in plans.items():
         _run(plan, folder, out, storage)
@@ -250,6 +249,7 @@ def _check_device(device: str) -> None:
 
 def _run(plan: Plan, folder: Path, out: Path, storage: str | None) -> None:
     """Runs what a plan misses, and reports into `folder`; trials lie in `out`."""
+    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from torchpool.study import report
@@ -267,6 +267,8 @@ def _run(plan: Plan, folder: Path, out: Path, storage: str | None) -> None:
     except Exception as error:  # every database has exceptions of its own
         reason = str(error).splitlines()[0]
         raise ValueError(f"{where} cannot be opened: {reason}; {remedy}") from None
+    if plan.task.threads is not None:
+        torch.set_num_threads(plan.task.threads)
     done = sum(len(by_seed) for by_seed in stored.values())
     _say(f"{plan.task.data}: {plan.task.words.setting}")
     if done:
@@ -320,7 +322,9 @@ def _print_table(results: Any) -> None:
     from torchpool.study import report
 
     reference = results.plan.arms[0]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    rows = report.rows(results)
+    unit = _unit(rows)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("pooling", no_wrap=True)
     for name in (
         "accuracy\n% ± sd",
@@ -329,18 +333,28 @@ def _print_table(results: Any) -> None:
         f"{results.plan.task.words.consistency.split()[0]}\ncons.\n%",
         "para-\nmeters",
         "step,\nms\n(torch)",
-        "saved,\nMiB\n(torch)",
+        f"saved,\n{unit}\n(torch)",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     compared = {c.arm: c for c in report.comparisons(results)}
-    for row in report.rows(results):
+    for row in rows:
         c = compared.get(row["arm"])
         is_clear = c is not None and c.is_significant
-        table.add_row(*_cells(row, c), style="bold" if is_clear else None)
+        table.add_row(*_cells(row, c, unit), style="bold" if is_clear else None)
     console.print(table)
 
 
-def _cells(row: dict[str, Any], c: Any) -> list[str]:
+def _unit(rows: list[dict[str, Any]]) -> str:
+    """In which the bytes of every row take few digits."""
+    kept = [row["cost"][key] for row in rows if row["cost"] for key in SAVED]
+    return "MiB" if max(kept, default=0) >= 10_000 * 2**10 else "KiB"
+
+
+def _bytes(count: int, unit: str) -> str:
+    return f"{count / 2**20:.1f}" if unit == "MiB" else f"{count / 2**10:.0f}"
+
+
+def _cells(row: dict[str, Any], c: Any, unit: str) -> list[str]:
     accuracy = f"{100 * row['accuracy']:.1f}"
     if row["seeds"] > 1:
         accuracy += f" ± {100 * row['accuracy_sd']:.1f}"
@@ -352,18 +366,18 @@ def _cells(row: dict[str, Any], c: Any) -> list[str]:
         row["arm"],
         accuracy,
         difference,
-        "" if c is None else f"{c.p_holm:.2g}",
+        "" if c is None else "<0.001" if c.p_holm < 0.001 else f"{c.p_holm:.2g}",
         f"{100 * row['consistency']:.1f}",
         f"{row['parameters']:,}",
     ]
     cost = row["cost"]
     if cost is None:
         return [*cells, "", ""]
-    kept, torch_kept = (cost[key] / 2**20 for key in ("saved_bytes", "torch_saved_bytes"))
+    kept, torch_kept = (_bytes(cost[key], unit) for key in SAVED)
     step, torch_step = (
         f"{ms:.1f}" if ms < 100 else f"{ms:.0f}" for ms in (cost["step_ms"], cost["torch_step_ms"])
     )
-    return [*cells, f"{step} ({torch_step})", f"{kept:.1f} ({torch_kept:.1f})"]
+    return [*cells, f"{step} ({torch_step})", f"{kept} ({torch_kept})"]
 
 
 # show

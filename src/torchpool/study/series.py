@@ -85,6 +85,20 @@ def _softmax(scores: Tensor, valid: Tensor) -> Tensor:
     return scores.masked_fill(~valid, -torch.inf).softmax(-1)
 
 
+def _power_mean(x: Tensor, valid: Tensor, p: Tensor) -> Tensor:
+    return _mean(x.clamp(min=1e-6).pow(p), valid).pow(1 / p.squeeze(1))
+
+
+def _log_mean_exp(x: Tensor, valid: Tensor, beta: Tensor) -> Tensor:
+    largest = (beta * x).masked_fill(~valid, -torch.inf).amax(-1, keepdim=True).detach()
+    mean = _mean(torch.exp(beta * x - largest), valid)
+    return (mean.log() + largest.squeeze(-1)) / beta.squeeze(1)
+
+
+def _auto(x: Tensor, valid: Tensor, alpha: Tensor) -> Tensor:
+    return (x * _softmax(x * alpha, valid)).sum(-1)
+
+
 def _k_max(x: Tensor, valid: Tensor) -> Tensor:
     x, valid = (F.pad(t, (0, max(0, 3 - x.shape[2]))) for t in (x, valid))
     top = x.masked_fill(~valid, -torch.inf).topk(3).indices.sort(-1).values
@@ -108,13 +122,20 @@ class _ByHand(nn.Module):
         return self.function(x, _valid(x, lengths))
 
 
-class _AutoByHand(nn.Module):
-    def __init__(self) -> None:
+class _LearnedByHand(nn.Module):
+    """A composition over (x, valid, one learned parameter per channel)."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], start: float) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.ones(WIDTH))
+        self.function = function
+        self.start = start
+        self.parameter = nn.Parameter(torch.full((WIDTH, 1), start))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.parameter, self.start)
 
     def forward(self, x: Tensor, mask: Tensor | None, lengths: Tensor) -> Tensor:
-        return (x * _softmax(x * self.alpha[:, None], _valid(x, lengths))).sum(-1)
+        return self.function(x, _valid(x, lengths), self.parameter)
 
 
 class _AttentionByHand(nn.Module):
@@ -150,7 +171,21 @@ ARMS: dict[str, Arm] = {
     "max": Arm("max", lambda: tp.nn.SequencePool(tp.Max()), lambda: _ByHand(_max)),
     "last": Arm("last element", tp.nn.LastToken, lambda: _ByHand(_last)),
     "statistics": Arm("mean and deviation", tp.nn.StatisticsPool, lambda: _ByHand(_statistics)),
-    "autopool": Arm("softmax mean, learned (AutoPool)", lambda: tp.nn.AutoPool(WIDTH), _AutoByHand),
+    "powermean": Arm(
+        "PowerMean, learned p (GeM)",
+        lambda: tp.nn.SequencePool(tp.PowerMean(3.0, learnable=True), channels=WIDTH),
+        lambda: _LearnedByHand(_power_mean, 3.0),
+    ),
+    "logmeanexp": Arm(
+        "LogMeanExp, learned beta",
+        lambda: tp.nn.SequencePool(tp.LogMeanExp(1.0, learnable=True), channels=WIDTH),
+        lambda: _LearnedByHand(_log_mean_exp, 1.0),
+    ),
+    "autopool": Arm(
+        "SoftmaxMean, learned alpha (AutoPool)",
+        lambda: tp.nn.AutoPool(WIDTH),
+        lambda: _LearnedByHand(_auto, 1.0),
+    ),
     "attention": Arm(
         "gated attention", lambda: tp.nn.GatedAttentionPool(WIDTH, HIDDEN), _AttentionByHand
     ),
@@ -197,7 +232,12 @@ class SeriesTask(Task):
     encoder: str = "gru"
     kind: ClassVar[str] = "series"
     arms: ClassVar[dict[str, Arm]] = ARMS
-    batch: ClassVar[int] = 32
+    threads: ClassVar[int | None] = 1
+    """These networks are so small that more threads mostly wait for each other."""
+
+    @property
+    def batch(self) -> int:
+        return max(8, min(32, len(self.train) // 8))  # few series still make some steps per epoch
 
     @property
     def data(self) -> str:

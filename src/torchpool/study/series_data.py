@@ -7,7 +7,8 @@ import csv
 import hashlib
 import math
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,8 @@ from torchpool.study.task import DataError, Examples, split
 
 DEFAULTS = ("JapaneseVowels", "BasicMotions")
 PACKAGES = ("sktime", "aeon")
-"""Packages that ship these sets. Only their files are read: they are not imported."""
+"""Packages that ship these sets. Only their files are read; the packages, which take seconds to
+import, are not imported."""
 KEYS = ("id", "time", "label")
 """Columns of a CSV beside the features."""
 
@@ -65,9 +67,16 @@ def load(source: Path | None, name: str = DEFAULTS[0]) -> Series:
     if not source.is_file():
         raise DataError(f"--data {source}: there is no such file; series are .csv or .npz files")
     readers = {".csv": _read_csv, ".npz": _read_npz}
-    if source.suffix.lower() not in readers:
+    reader = readers.get(source.suffix.lower())
+    if reader is None:
         raise DataError(f"--data {source}: series are read from .csv or .npz files")
-    raw = readers[source.suffix.lower()](source)
+    try:
+        raw = reader(source)
+    except OSError as error:
+        raise DataError(
+            f"--data {source} cannot be read: {error.strerror or error}; give a file that you may "
+            f"read"
+        ) from None
     classes = tuple(sorted(set(raw.labels)))
     _check_classes(raw, classes, source)
     labels = torch.tensor([classes.index(label) for label in raw.labels])
@@ -161,34 +170,44 @@ def _read_csv(file: Path) -> _Raw:
     """Long format: one row per series and time, with the columns id, time, label and features."""
     rows: dict[str, dict[float, list[float]]] = {}
     labels: dict[str, str] = {}
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream)
-        header = [name.strip() for name in next(reader, [])]
-        _check_header(header, file)
-        for number, cells in enumerate(reader, 2):
-            if not cells:
-                continue
-            where = f"--data {file}, row {number}"
-            if len(cells) != len(header):
-                raise DataError(f"{where} has {len(cells)} cells; the header has {len(header)}")
-            row = dict(zip(header, cells, strict=True))
-            key, label = row["id"].strip(), row["label"].strip()
-            if labels.setdefault(key, label) != label:
-                raise DataError(
-                    f"{where}: id {key} has the label {label!r} here and {labels[key]!r} before; "
-                    f"a series has one label"
-                )
-            time = _number(row["time"], "time", where)
-            features = [_number(row[name], name, where) for name in header if name not in KEYS]
-            times = rows.setdefault(key, {})
-            if time in times:
-                raise DataError(
-                    f"{where}: id {key} has the time {row['time'].strip()} twice; "
-                    f"remove one of the rows"
-                )
-            times[time] = features
+    for where, row in _csv_rows(file):
+        key, label = _text(row, "id", where), _text(row, "label", where)
+        if labels.setdefault(key, label) != label:
+            raise DataError(
+                f"{where}: id {key} has the label {label!r} here and {labels[key]!r} before; "
+                f"a series has one label"
+            )
+        time = _number(row, "time", where)
+        times = rows.setdefault(key, {})
+        if time in times:
+            raise DataError(
+                f"{where}: id {key} has the time {row['time']} twice; remove one of the rows"
+            )
+        times[time] = [_number(row, name, where) for name in row if name not in KEYS]
     values = [np.array([times[t] for t in sorted(times)]) for times in rows.values()]
     return _Raw(values, [labels[key] for key in rows])
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The cells of each row by their columns, and where it stands."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream)
+            header = [name.strip() for name in next(reader, [])]
+            _check_header(header, file)
+            for cells in reader:
+                where = f"--data {file}, row {reader.line_num}"
+                if len(cells) not in (0, len(header)):
+                    raise DataError(
+                        f"{where} has {len(cells)} cells, the header has {len(header)}; give every "
+                        f"row a cell per column"
+                    )
+                if cells:
+                    yield where, dict(zip(header, map(str.strip, cells), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"--data {file} is no CSV in UTF-8 ({error}); export it anew as CSV"
+        ) from None
 
 
 def _check_header(header: Sequence[str], file: Path) -> None:
@@ -204,14 +223,20 @@ def _check_header(header: Sequence[str], file: Path) -> None:
         raise DataError(f"--data {file}, row 1: a column's name stands twice; rename one")
 
 
-def _number(text: str, column: str, where: str) -> float:
+def _text(row: dict[str, str], column: str, where: str) -> str:
+    if not row[column]:
+        raise DataError(f"{where}, column {column} is empty; fill it, or remove the row")
+    return row[column]
+
+
+def _number(row: dict[str, str], column: str, where: str) -> float:
     try:
-        value = float(text)
+        value = float(row[column])
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
         raise DataError(
-            f"{where}, column {column}: {text.strip()!r} is no finite number; "
+            f"{where}, column {column}: {row[column]!r} is no finite number; "
             f"fill it, or remove the row"
         )
     return value
@@ -220,9 +245,9 @@ def _number(text: str, column: str, where: str) -> float:
 def _read_npz(file: Path) -> _Raw:
     """Arrays x (N, T, C), y (N,) and, unless every series fills T, lengths (N,)."""
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with zipfile.ZipFile(file), np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(
             f"--data {file} cannot be read: {error}; write it with numpy.savez(file, x=x, "
             f"lengths=lengths, y=y) from arrays of numbers or text"
@@ -234,7 +259,7 @@ def _read_npz(file: Path) -> _Raw:
             f"and y (N,)"
         )
     x, y = arrays["x"], arrays["y"]
-    if x.ndim != 3 or not np.issubdtype(x.dtype, np.number) or 0 in x.shape:
+    if x.ndim != 3 or x.dtype.kind not in "iuf" or 0 in x.shape:
         raise DataError(
             f"--data {file}: x has the shape {x.shape} and dtype {x.dtype}; it must hold numbers "
             f"of shape (N, T, C)"
@@ -246,6 +271,11 @@ def _read_npz(file: Path) -> _Raw:
                 f"--data {file}: {name} has the shape {array.shape}; it must be ({len(x)},), as x "
                 f"has {len(x)} series"
             )
+    if lengths.dtype.kind not in "iu":
+        raise DataError(
+            f"--data {file}: lengths has dtype {lengths.dtype}; it must hold whole numbers: "
+            f"lengths.astype(int)"
+        )
     return _Raw(_cut(x, lengths, file), [str(label) for label in y.tolist()])
 
 
@@ -255,12 +285,11 @@ def _cut(
     """Each series without its padding, which may hold anything."""
     values = []
     for i, length in enumerate(lengths.tolist()):
-        if int(length) != length or not 1 <= length <= x.shape[1]:
+        if not 1 <= length <= x.shape[1]:
             raise DataError(
-                f"--data {file}: lengths[{i}] is {length}; it must be a whole number from 1 to "
-                f"T = {x.shape[1]}"
+                f"--data {file}: lengths[{i}] is {length}; it must be from 1 to T = {x.shape[1]}"
             )
-        series = x[i, : int(length)].astype(np.float64)
+        series = x[i, :length].astype(np.float64)
         if not np.isfinite(series).all():
             t, c = np.argwhere(~np.isfinite(series))[0].tolist()
             raise DataError(

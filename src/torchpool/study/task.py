@@ -74,7 +74,13 @@ class Task(ABC):
     """What `--task` takes."""
     arms: ClassVar[Mapping[str, Arm]]
     """Every arm by the name that `--arms` takes."""
-    batch: ClassVar[int] = 64
+    threads: ClassVar[int | None] = None
+    """Threads to train with; None leaves the choice to torch."""
+
+    @property
+    def batch(self) -> int:
+        """Examples in a training step."""
+        return 64
 
     @property
     @abstractmethod
