@@ -87,7 +87,8 @@ def load(source: Path | None, name: str = DEFAULTS[0]) -> Series:
 def _check_classes(raw: _Raw, classes: Sequence[str], source: Path) -> None:
     if len(classes) < 2:
         raise DataError(
-            f"--data {source} has {len(classes)} classes; a study needs at least two labels"
+            f"--data {source} has {len(classes)} class{'es' * (len(classes) != 1)}; a study needs "
+            f"at least two labels"
         )
     for label in classes:
         if raw.labels.count(label) < 2:
