@@ -290,6 +290,12 @@ ALL = {**CASES, "gaussian": GAUSSIAN}
 ALSO_GAUSSIAN = pytest.mark.parametrize("name", ALL)
 
 
+def test_every_layer_over_time_has_its_cases():
+    layers = [layer for layer in vars(OURS).values() if isinstance(layer, type)]
+    over_time = {layer for layer in layers if issubclass(layer, OURS.OverTime)}
+    assert {case.kind for case in ALL.values()} == over_time - {OURS.OverTime}
+
+
 def positive(*shape, seed=0):
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
