@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from quick import seconds
+from timing import machine, seconds
 from torch import Tensor
 
 import torchpool as tp
@@ -133,8 +131,7 @@ def main(words: Sequence[str]) -> None:
         at = words.index("--json")
         file = Path(words[at + 1])
         del words[at : at + 2]
-    threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, {threads} threads; medians, in turns")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians, in turns")
     rows = []
     for shape in SHAPES:
         for name in REDUCTIONS:
@@ -144,14 +141,9 @@ def main(words: Sequence[str]) -> None:
                     rows.append(compare(name, shape, train))
                     print(text(rows[-1]), flush=True)
     if file is not None:
-        machine = {
-            "torch": torch.__version__,
-            "torchpool": tp.__version__,
-            "threads": threads,
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-        }
-        file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1), encoding="utf-8")
+        file.write_text(
+            json.dumps({"machine": machine(), "rows": rows}, indent=1), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

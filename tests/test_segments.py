@@ -238,4 +238,4 @@ def test_triton_kernels():
         env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "checked 72 cases" in done.stdout
+    assert "checked 27 cases" in done.stdout

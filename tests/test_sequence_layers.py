@@ -290,6 +290,12 @@ ALL = {**CASES, "gaussian": GAUSSIAN}
 ALSO_GAUSSIAN = pytest.mark.parametrize("name", ALL)
 
 
+def test_every_layer_over_time_has_its_cases():
+    layers = [layer for layer in vars(OURS).values() if isinstance(layer, type)]
+    over_time = {layer for layer in layers if issubclass(layer, OURS.OverTime)}
+    assert {case.kind for case in ALL.values()} == over_time - {OURS.OverTime}
+
+
 def positive(*shape, seed=0):
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -416,10 +422,28 @@ def test_empty_samples_are_filled(name):
     assert (layer(x, mask=torch.zeros(2, 4, dtype=torch.int64)) == -2.5).all()
 
 
+@pytest.mark.parametrize("training", [False, True])
 @ALSO_GAUSSIAN
+def test_a_batch_without_any_element_is_filled(name, training):
+    layer = ALL[name].build(layout="NCT", fill=-2.5).train(training)
+    x = torch.full((3, C, 4), math.nan, dtype=torch.float64)
+    for keywords in (
+        {"lengths": torch.zeros(3, dtype=torch.int64)},
+        {"mask": torch.zeros(3, 4, dtype=torch.bool)},
+    ):
+        y, gx, gp = gradients(layer, x, **keywords)
+        assert (y == -2.5).all()
+        assert not gx.any()
+        assert not any(g.any() for g in gp.values())
+    assert all(b.isfinite().all() for b in layer.buffers())
+
+
+CHOOSING = ("first", "last", "kmax_dynamic")
+"""Layers that look at chosen elements only."""
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in CHOOSING])
 def test_nan_of_a_valid_element_is_seen(name):
-    if name in ("first", "last", "kmax_dynamic"):
-        pytest.skip("looks at chosen elements only")
     layer, x = ALL[name].build(layout="NCT"), positive(1, C, T)
     x[0, :, 3] = math.nan
     y = layer(x, lengths=torch.tensor([7]))

@@ -22,7 +22,7 @@ from PIL import Image
 from scipy import stats
 
 from torchpool.study import data, experiment, report, statistics
-from torchpool.study.model import ARMS, WIDTHS, Geometry, network
+from torchpool.study.model import ARMS, WIDTHS, Geometry, ImageTask, network
 from torchpool.study.trial import train
 
 RUN = [sys.executable, "-c", "from torchpool.cli import main; main()"]
@@ -110,7 +110,7 @@ def test_a_trial_is_reproducible_and_shared_layers_start_alike():
         images.test_labels[:64],
         images.classes,
     )
-    scores = [train("max", 3, small, Geometry(), 1) for _ in range(2)]
+    scores = [train("max", 3, ImageTask(small), 1) for _ in range(2)]
     assert (scores[0].accuracy, scores[0].consistency) == (
         scores[1].accuracy,
         scores[1].consistency,
@@ -166,16 +166,8 @@ def test_two_processes_share_a_storage(tmp_path):
     assert [process.wait(300) for process in started] == [0, 0]
     for name in "ab":
         assert json.loads((tmp_path / name / "results.json").read_text())["complete"]
-    images = data.digits()
-    plan = experiment.Plan(
-        experiment.labels(["max", "average", "max"]),
-        2,
-        1,
-        Geometry(),
-        "cpu",
-        images.name,
-        images.digest,
-    )
+    arms = experiment.labels(["max", "average", "max"], ARMS)
+    plan = experiment.Plan(ImageTask(data.digits()), arms, 2, 1)
     assert experiment.Experiment(plan, storage).results().is_complete
 
 
@@ -266,8 +258,7 @@ def test_other_images_are_another_study(tmp_path):
     folder = _pictures(tmp_path / "data")
 
     def plan():
-        images = data.folder(folder)
-        return experiment.Plan(("max",), 1, 1, Geometry(), "cpu", images.name, images.digest)
+        return experiment.Plan(ImageTask(data.folder(folder)), ("max",), 1, 1)
 
     before = plan()
     assert plan().fingerprint == before.fingerprint
@@ -311,7 +302,7 @@ def _finished(file: Path) -> int:
 
 
 def test_verdicts_in_words():
-    plan = experiment.Plan(("max", "average"), 6, 1, Geometry(), "cpu", "x")
+    plan = experiment.Plan(ImageTask(data.digits()), ("max", "average"), 6, 1)
     results = experiment.Results(plan)
     assert report.verdict(results) == ["No trial has finished yet."]
     from torchpool.study.trial import Score

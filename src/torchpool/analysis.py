@@ -102,7 +102,7 @@ def saved_bytes(layer: nn.Module, *inputs: Tensor) -> int:
         return t
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        result = layer(*(t.detach().clone().requires_grad_() for t in inputs))
+        result = layer(*(t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs))
     del result
     return sum(kept.values())
 

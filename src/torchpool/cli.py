@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
     from torchpool.study.experiment import Plan
+    from torchpool.study.task import Task
 
 try:
     import typer
@@ -27,8 +28,8 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+SAVED = ("saved_bytes", "torch_saved_bytes")
 DEFAULT_REDUCTIONS = "max,min,mean,lp,powermean,logmeanexp,softmaxmean,std"
-DEFAULT_ARMS = "max,average,softmax,powermean,logmeanexp,mixed,gated,blurred,strided"
 
 
 def main() -> None:
@@ -112,17 +113,32 @@ def _commands(
 
 @app.command()
 def study(
+    task: Annotated[str, typer.Option(help="What is pooled: images or series.")] = "images",
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of class folders of images; default: handwritten digits."),
+        typer.Option(
+            help="Images: a folder of class folders; default: handwritten digits. Series: a .csv "
+            "(id,time,label,features...) or .npz (x, lengths, y) file; default: JapaneseVowels "
+            "and BasicMotions."
+        ),
     ] = None,
     arms: Annotated[
-        str, typer.Option(help="Poolings to compare, the first is the reference.")
-    ] = DEFAULT_ARMS,
-    seeds: Annotated[int, _whole(1, "Networks trained per pooling.")] = 8,
-    epochs: Annotated[int, _whole(1, "Passes over the training images.")] = 5,
-    kernel: Annotated[int, _whole(1, "Window, elements per axis.")] = 2,
-    stride: Annotated[int, _whole(1, "Step between windows.")] = 2,
+        str | None,
+        typer.Option(help="Poolings to compare, the first is the reference; default: all."),
+    ] = None,
+    encoders: Annotated[
+        str | None, typer.Option(help="Series: networks before the pooling; default: gru,cnn.")
+    ] = None,
+    seeds: Annotated[
+        int | None, _whole(1, "Networks trained per pooling; default: 8, series 5.")
+    ] = None,
+    epochs: Annotated[
+        int | None, _whole(1, "Passes over the training data; default: 5, series 15.")
+    ] = None,
+    kernel: Annotated[
+        int | None, _whole(1, "Images: window, elements per axis; default: 2.")
+    ] = None,
+    stride: Annotated[int | None, _whole(1, "Images: step between windows; default: 2.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
     out: Annotated[
         Path, typer.Option(help="Folder for report.html, chart.png and results.json.")
@@ -134,26 +150,78 @@ def study(
 ) -> None:
     """Trains the same network once per pooling and seed, and says which differ by more than noise.
 
-    Every finished trial is stored at once; the same command goes on where it was stopped.
+    Every finished trial is stored at once; the same command goes on where it was stopped. Series
+    have one report per set of data and encoder, in folders of their own.
     """
-    from torchpool.study import data as sources
     from torchpool.study.experiment import Plan, labels
-    from torchpool.study.model import Geometry
 
-    names = labels([name.strip() for name in arms.split(",") if name.strip()])
-    if not names:
-        raise ValueError(f"--arms {arms!r} names no arm; give at least one, as --arms max,average")
     _check_device(device)
+    if task == "images":
+        _refuse("series", encoders=encoders)
+        tasks = {out: _images(data, kernel or 2, stride or 2)}
+        counts = (seeds or 8, epochs or 5)
+    elif task == "series":
+        _refuse("images", kernel=kernel, stride=stride)
+        tasks = _series(data, "gru,cnn" if encoders is None else encoders, out)
+        counts = (seeds or 5, epochs or 15)
+    else:
+        raise ValueError(f"--task {task} is not known; choose images or series")
+    asked = None if arms is None else _names("--arms", arms)
+    plans = {
+        folder: Plan(one, labels(asked or list(one.arms), one.arms), *counts, device)
+        for folder, one in tasks.items()
+    }
+    for folder, plan in plans.items():
+        _run(plan, folder, out, storage)
+
+
+def _refuse(other: str, **options: Any) -> None:
+    """Options of another task are not ignored in silence."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name} {value} goes with --task {other} only; leave it out")
+
+
+def _names(option: str, text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(
+            f"{option} {text!r} names no {option[2:-1]}; give at least one, or more "
+            f"with commas between"
+        )
+    return names
+
+
+def _images(data: Path | None, kernel: int, stride: int) -> Task:
+    from torchpool.study import data as sources
+    from torchpool.study.model import Geometry, ImageTask
+
     _check_geometry(kernel, stride)
     images = sources.digits() if data is None else sources.folder(data)
     if images.skipped:
         _say(f"Skipped {len(images.skipped)} unreadable images:")
         for name in images.skipped:
             _say(f"  {name}")
-    geometry = Geometry(kernel, stride)
-    size = len(images.test)
-    plan = Plan(names, seeds, epochs, geometry, device, images.name, images.digest, size)
-    _run(plan, images, out, storage)
+    return ImageTask(images, Geometry(kernel, stride))
+
+
+def _series(data: Path | None, encoders: str, out: Path) -> dict[Path, Task]:
+    """One task for each set of data and encoder, by the folder of its report."""
+    from torchpool.study.series import ENCODERS, SeriesTask
+    from torchpool.study.series_data import DEFAULTS, load
+
+    chosen = dict.fromkeys(_names("--encoders", encoders))
+    for name in chosen:
+        if name not in ENCODERS:
+            raise ValueError(
+                f"--encoders {name}: there is no such encoder; choose from {', '.join(ENCODERS)}"
+            )
+    loaded = [load(None, name) for name in DEFAULTS] if data is None else [load(data)]
+    return {
+        out / f"{Path(series.name).stem}-{encoder}": SeriesTask(series, encoder)
+        for series in loaded
+        for encoder in chosen
+    }
 
 
 def _check_geometry(kernel: int, stride: int) -> None:
@@ -179,13 +247,16 @@ def _check_device(device: str) -> None:
         raise ValueError(f"--device {device} cannot be used: {reason}; try --device cpu") from None
 
 
-def _run(plan: Plan, images: Any, out: Path, storage: str | None) -> None:
+def _run(plan: Plan, folder: Path, out: Path, storage: str | None) -> None:
+    """Runs what a plan misses, and reports into `folder`; trials lie in `out`."""
+    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from torchpool.study import report
     from torchpool.study.experiment import Experiment
 
     _make_folder(out)
+    _make_folder(folder)
     where = (
         f"--storage {storage}" if storage else f"{out / 'trials.db'}, the trials of --out {out},"
     )
@@ -196,7 +267,10 @@ def _run(plan: Plan, images: Any, out: Path, storage: str | None) -> None:
     except Exception as error:  # every database has exceptions of its own
         reason = str(error).splitlines()[0]
         raise ValueError(f"{where} cannot be opened: {reason}; {remedy}") from None
+    if plan.task.threads is not None:
+        torch.set_num_threads(plan.task.threads)
     done = sum(len(by_seed) for by_seed in stored.values())
+    _say(f"{plan.task.data}: {plan.task.words.setting}")
     if done:
         console.print(f"Going on: {done} of {len(plan.trials)} trials are stored already.")
     columns = (
@@ -215,7 +289,7 @@ def _run(plan: Plan, images: Any, out: Path, storage: str | None) -> None:
             progress.reset(epoch, description=f"{arm}, seed {seed}", total=plan.epochs)
 
         try:
-            experiment.run(images, on_trial, lambda: progress.advance(epoch))
+            experiment.run(on_trial, lambda: progress.advance(epoch))
             progress.update(total, completed=len(plan.trials))
         except KeyboardInterrupt:
             progress.stop()
@@ -223,7 +297,7 @@ def _run(plan: Plan, images: Any, out: Path, storage: str | None) -> None:
                 "[yellow]Stopped. What has finished is stored; the same command goes on.[/yellow]"
             )
     results = experiment.results()
-    path = report.write(results, images, out)
+    path = report.write(results, folder)
     _print_table(results)
     for line in report.verdict(results):
         console.print(line, markup=False, highlight=False)
@@ -248,27 +322,39 @@ def _print_table(results: Any) -> None:
     from torchpool.study import report
 
     reference = results.plan.arms[0]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    rows = report.rows(results)
+    unit = _unit(rows)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("pooling", no_wrap=True)
     for name in (
         "accuracy\n% ± sd",
         f"vs. {reference},\npoints\n± 95 %",
         "p",
-        "shift\ncons.\n%",
+        f"{results.plan.task.words.consistency.split()[0]}\ncons.\n%",
         "para-\nmeters",
         "step,\nms\n(torch)",
-        "saved,\nMiB\n(torch)",
+        f"saved,\n{unit}\n(torch)",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     compared = {c.arm: c for c in report.comparisons(results)}
-    for row in report.rows(results):
+    for row in rows:
         c = compared.get(row["arm"])
         is_clear = c is not None and c.is_significant
-        table.add_row(*_cells(row, c), style="bold" if is_clear else None)
+        table.add_row(*_cells(row, c, unit), style="bold" if is_clear else None)
     console.print(table)
 
 
-def _cells(row: dict[str, Any], c: Any) -> list[str]:
+def _unit(rows: list[dict[str, Any]]) -> str:
+    """In which the bytes of every row take few digits."""
+    kept = [row["cost"][key] for row in rows if row["cost"] for key in SAVED]
+    return "MiB" if max(kept, default=0) >= 10_000 * 2**10 else "KiB"
+
+
+def _bytes(count: int, unit: str) -> str:
+    return f"{count / 2**20:.1f}" if unit == "MiB" else f"{count / 2**10:.0f}"
+
+
+def _cells(row: dict[str, Any], c: Any, unit: str) -> list[str]:
     accuracy = f"{100 * row['accuracy']:.1f}"
     if row["seeds"] > 1:
         accuracy += f" ± {100 * row['accuracy_sd']:.1f}"
@@ -280,18 +366,18 @@ def _cells(row: dict[str, Any], c: Any) -> list[str]:
         row["arm"],
         accuracy,
         difference,
-        "" if c is None else f"{c.p_holm:.2g}",
+        "" if c is None else "<0.001" if c.p_holm < 0.001 else f"{c.p_holm:.2g}",
         f"{100 * row['consistency']:.1f}",
         f"{row['parameters']:,}",
     ]
     cost = row["cost"]
     if cost is None:
         return [*cells, "", ""]
-    kept, torch_kept = (cost[key] / 2**20 for key in ("saved_bytes", "torch_saved_bytes"))
+    kept, torch_kept = (_bytes(cost[key], unit) for key in SAVED)
     step, torch_step = (
         f"{ms:.1f}" if ms < 100 else f"{ms:.0f}" for ms in (cost["step_ms"], cost["torch_step_ms"])
     )
-    return [*cells, f"{step} ({torch_step})", f"{kept:.1f} ({torch_kept:.1f})"]
+    return [*cells, f"{step} ({torch_step})", f"{kept} ({torch_kept})"]
 
 
 # show

@@ -103,11 +103,13 @@ def _differences(
     axes.set_xlabel(f"difference to {name}, points", fontsize=9.5, color=INK)
 
 
-def summary(arms: Sequence[dict[str, Any]], compared: Sequence[Any], reference: str) -> Chart:
-    """Accuracy, its paired difference to the reference, and shift consistency of every arm."""
+def summary(
+    arms: Sequence[dict[str, Any]], compared: Sequence[Any], reference: str, words: Any
+) -> Chart:
+    """Accuracy, its paired difference to the reference, and consistency of every arm."""
     figure, panels = _panels([arm["title"] for arm in arms], 3 if compared else 2, 0.4)
-    _seeds(panels[0], arms, "accuracies", "accuracy on held-out images, %")
-    _seeds(panels[-1], arms, "consistencies", "predictions unchanged by a shift, %")
+    _seeds(panels[0], arms, "accuracies", f"accuracy on held-out {words.examples}, %")
+    _seeds(panels[-1], arms, "consistencies", f"{words.consistency}, %")
     caption = "Blue: mean over the seeds and its 95 % interval. Grey dots: single seeds."
     if compared:
         _differences(panels[1], arms, compared, reference)
@@ -141,7 +143,7 @@ def _bars(
     axes.set_xlabel(label, fontsize=9.5, color=INK)
 
 
-def costs(arms: Sequence[dict[str, Any]]) -> Chart:
+def costs(arms: Sequence[dict[str, Any]], words: Any) -> Chart:
     """Time of a training step and bytes kept for the backward pass, of both engines."""
     from matplotlib.patches import Patch
 
@@ -166,19 +168,22 @@ def costs(arms: Sequence[dict[str, Any]]) -> Chart:
     )
     return Chart(
         figure,
-        "Shorter is better. Left: a training step of the whole network, batch of 64. Right: what "
-        "the first pooling layer keeps in memory for its backward pass.",
+        f"Shorter is better. Left: a training step of the whole network, batch of {words.batch}. "
+        f"Right: what {words.pooling} keeps in memory for its backward pass.",
     )
 
 
 def study_charts(
-    arms: Sequence[dict[str, Any]], compared: Sequence[Any], reference: str
+    arms: Sequence[dict[str, Any]], compared: Sequence[Any], reference: str, words: Any
 ) -> list[Chart]:
-    """Every chart that the results allow, the summary first."""
+    """Every chart that the results allow, the summary first; `words` are those of the task."""
     if not arms:
         return []
     timed = [arm for arm in arms if arm["cost"]]
-    return [summary(arms, compared, reference), *([costs(timed)] if timed else [])]
+    return [
+        summary(arms, compared, reference, words),
+        *([costs(timed, words)] if timed else []),
+    ]
 
 
 def shares_of_copy(rows: Sequence[dict[str, Any]]) -> Chart:

@@ -213,7 +213,7 @@ class AttentionPool(OverTime):
         if self.block:
             y = self.norm1(queries + y)
             y = self.norm2(y + self.feed_forward(y))
-        y = y.mT.to(x.dtype)
+        y = y.mT
         made: Tensor = y.squeeze(-1) if self.num_queries is None else y
         return made
 

@@ -55,7 +55,7 @@ class OverTime(nn.Module):
             lengths: (N,), valid elements of each sample. With both, an element must be in both.
         """
         x, valid = self._arrange(x, mask, lengths)
-        y = self._pool(x, valid)
+        y = self._pool(x, valid).to(x.dtype)
         if valid is not None:
             some = valid.any(-1).view(-1, *(1,) * (y.ndim - 1))
             y = torch.where(some, y, torch.full((), self.fill, dtype=y.dtype, device=y.device))

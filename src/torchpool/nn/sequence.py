@@ -383,7 +383,7 @@ class RankPool(OverTime):
             if self.ridge is None
             else self._fit(wide, valid, self.ridge)
         )
-        return y.to(x.dtype)
+        return y
 
     def _closed_form(self, x: Tensor, valid: Tensor) -> Tensor:
         """The sum of alpha_t x_t, in which alpha_t gathers all pairs of which x_t is a part."""

@@ -119,7 +119,7 @@ class SqrtLenMean(OverTime):
         counts = (all_valid(x) if valid is None else valid).sum(-1, keepdim=True)
         wide = torch.promote_types(x.dtype, torch.float32)
         total = over_time(x.to(wide), Sum(), valid)
-        return (total / counts.clamp(min=1).to(wide).sqrt()).to(x.dtype)
+        return total / counts.clamp(min=1).to(wide).sqrt()
 
 
 class SentencePool(OverTime):

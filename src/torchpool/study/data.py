@@ -13,14 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchpool.study.task import DataError, split
+
 CANVAS = 32
 """Height and width of the images, pixels."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-HELD_OUT = 0.25
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +50,6 @@ class Images:
         return made.hexdigest()[:16]
 
 
-def _split(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Indices of the training and the held-out part, the same share of every class."""
-    train, test = [], []
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
-        members = members[torch.randperm(len(members), generator=generator)]
-        held = max(1, round(HELD_OUT * len(members)))
-        test.append(members[:held])
-        train.append(members[held:])
-    return torch.cat(train), torch.cat(test)
-
-
 def _place(small: Tensor, generator: torch.Generator) -> Tensor:
     """Each image (N, 1, h, w) at a random position on an empty canvas."""
     n, c, h, w = small.shape
@@ -85,7 +70,7 @@ def digits() -> Images:
     images = F.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
     labels = torch.tensor(raw.target, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
-    train, test = _split(labels, generator)
+    train, test = split(labels, generator)
     canvas = _place(images, generator)
     return Images(
         "handwritten digits at random positions",
@@ -142,7 +127,7 @@ def folder(path: Path) -> Images:
                 f"{len(files[name])}; every class needs at least two" + _first(skipped)
             )
     stacked, targets = torch.stack(images), torch.tensor(labels)
-    train, test = _split(targets, torch.Generator().manual_seed(0))
+    train, test = split(targets, torch.Generator().manual_seed(0))
     return Images(
         str(path),
         stacked[train],

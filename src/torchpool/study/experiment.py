@@ -7,12 +7,11 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torchpool.study.data import Images
-from torchpool.study.model import ARMS, Geometry
+from torchpool.study.task import Task
 from torchpool.study.trial import Cost, Score, measure, train
 
 HEARTBEAT = 5
@@ -23,25 +22,34 @@ GRACE = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study compares. `arms` are labels: a name of `ARMS`, with #2, #3, ... for its
+    """What a study compares. `arms` are labels: a name of the task's arms, with #2, #3, ... for its
     repetitions."""
 
+    task: Task
     arms: tuple[str, ...]
     seeds: int
     epochs: int
-    geometry: Geometry
-    device: str
-    data: str
-    digest: str = ""
-    """Of the images: the same folder with other images is another study."""
-    held_out: int = 0
-    """Images that are scored."""
+    device: str = "cpu"
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as numbers and text."""
+        return {
+            "task": self.task.kind,
+            "data": self.task.data,
+            "digest": self.task.digest,
+            "setting": self.task.setting,
+            "arms": list(self.arms),
+            "seeds": self.seeds,
+            "epochs": self.epochs,
+            "device": self.device,
+        }
 
     @property
     def fingerprint(self) -> str:
         """Trials of plans that differ only in arms, seeds and the name of the data can be put
         together."""
-        fixed = [self.epochs, asdict(self.geometry), self.device, self.digest or self.data]
+        task = self.task
+        fixed = [task.kind, self.epochs, task.setting, self.device, task.digest]
         return hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:10]
 
     @property
@@ -64,16 +72,20 @@ class Results:
         return all(seed in self.scores.get(arm, {}) for arm, seed in self.plan.trials)
 
 
-def labels(names: Sequence[str]) -> tuple[str, ...]:
+def labels(names: Sequence[str], arms: Collection[str]) -> tuple[str, ...]:
     """Labels for arms that may repeat: max, max#2, ...
+
+    Args:
+        names: the arms that are asked for.
+        arms: those that there are.
 
     Raises:
         ValueError: an unknown arm.
     """
     made: list[str] = []
     for name in names:
-        if name not in ARMS:
-            raise ValueError(f"--arms {name}: there is no such arm; choose from {', '.join(ARMS)}")
+        if name not in arms:
+            raise ValueError(f"--arms {name}: there is no such arm; choose from {', '.join(arms)}")
         count = sum(label.split("#")[0] == name for label in made)
         made.append(name if count == 0 else f"{name}#{count + 1}")
     return tuple(made)
@@ -159,9 +171,7 @@ class Experiment:
             for t in self.study.get_trials(deepcopy=False)
         )
 
-    def run(
-        self, images: Images, on_trial: Callable[[str, int], None], tick: Callable[[], None]
-    ) -> Results:
+    def run(self, on_trial: Callable[[str, int], None], tick: Callable[[], None]) -> Results:
         """Runs what is missing, together with any other process on the same storage.
 
         Args:
@@ -180,9 +190,7 @@ class Experiment:
             on_trial(arm, seed)
             try:
                 plan = self.plan
-                score = train(
-                    arm.split("#")[0], seed, images, plan.geometry, plan.epochs, plan.device, tick
-                )
+                score = train(arm.split("#")[0], seed, plan.task, plan.epochs, plan.device, tick)
             except KeyboardInterrupt as stop:
                 interrupted.append(stop)
                 raise optuna.TrialPruned from None  # not done: the next run takes it up again
@@ -202,6 +210,6 @@ class Experiment:
                 raise KeyboardInterrupt
         for arm in self.plan.arms:
             if f"cost:{arm}" not in self.study.user_attrs:
-                cost = measure(arm.split("#")[0], images, self.plan.geometry, self.plan.device)
+                cost = measure(arm.split("#")[0], self.plan.task, self.plan.device)
                 self.study.set_user_attr(f"cost:{arm}", asdict(cost))
         return self.results()

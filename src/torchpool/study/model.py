@@ -4,13 +4,16 @@ operators, and the network around them."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchpool as tp
+from torchpool.study.data import Images, shifted
+from torchpool.study.task import Arm, Examples, Inputs, Task, Words
 
 WIDTHS = (8, 16, 32)
 """Channels of the three stages."""
@@ -100,15 +103,6 @@ def _strided(channels: int, g: Geometry) -> nn.Module:
     return nn.Conv2d(channels, channels, g.kernel, g.stride, g.padding)
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A pooling to try: what it is, and how to build it both ways for `channels` channels."""
-
-    title: str
-    torchpool: Callable[[int, Geometry], nn.Module]
-    torch: Callable[[int, Geometry], nn.Module]
-
-
 def _pool(reduction: tp.Reduction) -> Callable[[int, Geometry], nn.Module]:
     return lambda channels, g: tp.nn.Pool(reduction, g.window)
 
@@ -156,7 +150,7 @@ ARMS: dict[str, Arm] = {
     ),
     "strided": Arm("strided convolution (no pooling)", _strided, _strided),
 }
-"""Every arm by the name that `--arms` takes."""
+"""Every arm by its name."""
 
 
 def network(
@@ -180,3 +174,64 @@ def network(
         previous = width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(previous, num_classes)]
     return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class ImageTask(Task):
+    """Classification of images by a small convolutional network."""
+
+    images: Images
+    geometry: Geometry = Geometry()
+    kind: ClassVar[str] = "images"
+    arms: ClassVar[dict[str, Arm]] = ARMS
+
+    @property
+    def data(self) -> str:
+        return self.images.name
+
+    @property
+    def digest(self) -> str:
+        return self.images.digest
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.images.classes
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        return self.images.skipped
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        return asdict(self.geometry)
+
+    @property
+    def words(self) -> Words:
+        return Words(
+            "images",
+            f"window {self.geometry.kernel}, stride {self.geometry.stride}",
+            "shift consistency",
+            "the image moves by up to 4 pixels",
+            "the first pooling layer",
+            self.batch,
+        )
+
+    @property
+    def train(self) -> Examples:
+        return Examples((self.images.train,), self.images.train_labels)
+
+    @property
+    def test(self) -> Examples:
+        return Examples((self.images.test,), self.images.test_labels)
+
+    def network(self, arm: str, engine: str = "torchpool") -> nn.Module:
+        return network(arm, self.geometry, self.images.channels, len(self.classes), engine)
+
+    def disturbed(self, seed: int) -> Inputs:
+        return (shifted(self.images.test, seed),)
+
+    def pooling(self, net: nn.Module) -> nn.Module:
+        return net[3]  # type: ignore[index, no-any-return]
+
+    def pooled_inputs(self) -> Inputs:
+        return (torch.randn(self.batch, WIDTHS[0], *self.images.train.shape[-2:]),)

@@ -15,17 +15,15 @@ import torch
 
 import torchpool
 from torchpool import plot
-from torchpool.study.data import Images
-from torchpool.study.experiment import Results
-from torchpool.study.model import ARMS
+from torchpool.study.experiment import Plan, Results
 from torchpool.study.statistics import LEVEL, Comparison, compare
-from torchpool.study.trial import SHIFT_SEEDS
+from torchpool.study.trial import DISTURBANCES
 
 
-def title(label: str) -> str:
+def title(label: str, plan: Plan) -> str:
     """An arm's label in words."""
     name, _, copy = label.partition("#")
-    return ARMS[name].title + (f" (again, {copy})" if copy else "")
+    return plan.task.arms[name].title + (f" (again, {copy})" if copy else "")
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
@@ -41,7 +39,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
         made.append(
             {
                 "arm": arm,
-                "title": title(arm),
+                "title": title(arm, results.plan),
                 "seeds": len(accuracies),
                 "accuracies": accuracies,
                 "accuracy": mean(accuracies),
@@ -63,18 +61,19 @@ def comparisons(results: Results, measure: str = "accuracy") -> list[Comparison]
         for arm, by_seed in results.scores.items()
     }
     reference = results.plan.arms[0]
-    images = results.plan.held_out * (len(SHIFT_SEEDS) if measure == "consistency" else 1)
-    step = 1 / images if images else 0.0
-    return compare(scores, reference, step) if reference in scores else []
+    predictions = len(results.plan.task.test)
+    if measure == "consistency":
+        predictions *= len(DISTURBANCES)
+    return compare(scores, reference, 1 / predictions) if reference in scores else []
 
 
 def _points(share: float) -> str:
     return f"{100 * share:.1f} points"
 
 
-def sentence(c: Comparison, of: str) -> str:
+def sentence(c: Comparison, of: str, plan: Plan) -> str:
     """A comparison in words."""
-    arm, reference = title(c.arm), title(c.reference)
+    arm, reference = title(c.arm, plan), title(c.reference, plan)
     interval = (
         f"95 % interval {100 * c.low:+.1f} to {100 * c.high:+.1f}, "
         f"p = {c.p_holm:.3g} after correction"
@@ -93,11 +92,13 @@ def verdict(results: Results) -> list[str]:
     table, compared = rows(results), comparisons(results)
     if not table:
         return ["No trial has finished yet."]
-    lines = [_choice(table, compared, title(results.plan.arms[0]))]
+    lines = [_choice(table, compared, results.plan)]
     steady = [c for c in comparisons(results, "consistency") if c.is_significant]
     best = max(steady, key=lambda c: c.difference, default=None)
     if best and best.difference > 0:
-        lines.append(f"Steadiest under shifts: {sentence(best, 'shift consistency')}")
+        lines.append(
+            f"Steadiest: {sentence(best, results.plan.task.words.consistency, results.plan)}"
+        )
     timed = [row for row in table if row["cost"]]
     if len(timed) > 1:
         cheapest = min(timed, key=lambda row: row["cost"]["step_ms"])
@@ -112,14 +113,15 @@ def verdict(results: Results) -> list[str]:
     return lines
 
 
-def _choice(table: list[dict[str, Any]], compared: list[Comparison], reference: str) -> str:
+def _choice(table: list[dict[str, Any]], compared: list[Comparison], plan: Plan) -> str:
     """The advice that accuracy gives."""
+    reference = title(plan.arms[0], plan)
     if not compared:
         return f"Only {table[0]['title']} has run: there is nothing to compare it with."
     better = [c for c in compared if c.is_significant and c.difference > 0]
     if better:
         best = max(better, key=lambda c: c.difference)
-        return f"Choose {title(best.arm)}: {sentence(best, 'accuracy')}"
+        return f"Choose {title(best.arm, plan)}: {sentence(best, 'accuracy', plan)}"
     if any(c.is_significant for c in compared):
         return (
             f"Stay with {reference}: no other pooling is more accurate beyond noise, and some are "
@@ -129,14 +131,15 @@ def _choice(table: list[dict[str, Any]], compared: list[Comparison], reference: 
     leader = max(compared, key=lambda c: c.difference)
     if leader.difference > 0 and leader.p < LEVEL:
         first += (
-            f" ({title(leader.arm)} came out highest, {100 * leader.difference:+.1f} points, "
+            f" ({title(leader.arm, plan)} came out highest, {100 * leader.difference:+.1f} points, "
             f"p = {leader.p_holm:.2g} after correction)"
         )
-    return f"{first}: choose by shift consistency and by cost."
+    return f"{first}: choose by {plan.task.words.consistency} and by cost."
 
 
-def as_json(results: Results, images: Images) -> dict[str, Any]:
+def as_json(results: Results) -> dict[str, Any]:
     """Everything that was found, with what it was found on."""
+    task = results.plan.task
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {
@@ -147,19 +150,19 @@ def as_json(results: Results, images: Images) -> dict[str, Any]:
         "device": results.plan.device,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "plan": asdict(results.plan),
+        "plan": results.plan.as_json(),
         "data": {
-            "name": images.name,
-            "train": len(images.train),
-            "test": len(images.test),
-            "classes": list(images.classes),
-            "skipped": list(images.skipped),
+            "name": task.data,
+            "train": len(task.train),
+            "test": len(task.test),
+            "classes": list(task.classes),
+            "skipped": list(task.skipped),
         },
         "complete": results.is_complete,
         "verdict": verdict(results),
         "arms": rows(results),
         "comparisons": [asdict(c) for c in comparisons(results)],
-        "shift_consistency": [asdict(c) for c in comparisons(results, "consistency")],
+        "consistency": [asdict(c) for c in comparisons(results, "consistency")],
     }
 
 
@@ -172,14 +175,15 @@ def _finite(value: Any) -> Any:
     return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-def write(results: Results, images: Images, out: Path) -> Path:
+def write(results: Results, out: Path) -> Path:
     """Writes results.json, report.html and chart.png into `out`; returns the report's path."""
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     out.mkdir(parents=True, exist_ok=True)
-    found = as_json(results, images)
+    found = as_json(results)
     (out / "results.json").write_text(json.dumps(_finite(found), indent=2), encoding="utf-8")
-    charts = plot.study_charts(found["arms"], comparisons(results), results.plan.arms[0])
+    plan = results.plan
+    charts = plot.study_charts(found["arms"], comparisons(results), plan.arms[0], plan.task.words)
     environment = Environment(
         loader=PackageLoader("torchpool.study", "templates"),
         autoescape=select_autoescape(default=True),
@@ -188,8 +192,9 @@ def write(results: Results, images: Images, out: Path) -> Path:
         found=found,
         charts=charts,
         compared={c.arm: c for c in comparisons(results)},
-        reference=title(results.plan.arms[0]),
-        repeats=len(results.plan.arms) - 1,
+        reference=title(plan.arms[0], plan),
+        repeats=len(plan.arms) - 1,
+        words=plan.task.words,
     )
     if charts:
         charts[0].save(out / "chart.png")

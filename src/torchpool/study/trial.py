@@ -13,22 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchpool.analysis import saved_bytes
-from torchpool.study.data import Images, shifted
-from torchpool.study.model import WIDTHS, Geometry, network
+from torchpool.study.task import Examples, Inputs, Task
 
-BATCH = 64
 LEARNING_RATE = 3e-3
-SHIFT_SEEDS = (11, 12, 13)
+DISTURBANCES = (11, 12, 13)
+"""Seeds of the disturbances that consistency is measured with."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a trained network reaches on the held-out images."""
+    """What a trained network reaches on the held-out examples."""
 
     accuracy: float
     """Share of correct predictions."""
     consistency: float
-    """Share of predictions that a random shift by up to 4 pixels leaves unchanged."""
+    """Share of predictions that a disturbance which should not matter leaves unchanged."""
     parameters: int
     seconds: float
     """Time of training and scoring."""
@@ -36,7 +35,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an arm's first pooling layer and a training step of its network cost."""
+    """What an arm's pooling layer and a training step of its network cost."""
 
     before_bytes: int
     """Activation of one batch that enters the pooling layer."""
@@ -66,8 +65,7 @@ def _initialise(net: nn.Module, seed: int) -> None:
 def train(
     arm: str,
     seed: int,
-    images: Images,
-    geometry: Geometry,
+    task: Task,
     epochs: int,
     device: str = "cpu",
     tick: Callable[[], None] = lambda: None,
@@ -78,60 +76,58 @@ def train(
         tick: called after each epoch.
     """
     began = time.perf_counter()
-    net = network(arm, geometry, images.channels, len(images.classes))
+    net = task.network(arm)
     _initialise(net, seed)
     net = net.to(device)
-    x, labels = images.train.to(device), images.train_labels.to(device)
-    steps = epochs * -(-len(x) // BATCH)
+    examples = task.train.to(device)
+    steps = epochs * -(-len(examples) // task.batch)
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE * 3, total_steps=steps)
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         net.train()
-        for batch in torch.randperm(len(x), generator=order).to(device).split(BATCH):
+        for index in torch.randperm(len(examples), generator=order).to(device).split(task.batch):
+            batch = examples.part(index)
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(net(x[batch]), labels[batch]).backward()
+            F.cross_entropy(net(*batch.inputs), batch.labels).backward()
             optimizer.step()
             schedule.step()
         tick()
-    accuracy, consistency = _score(net.eval(), images, device)
+    accuracy, consistency = _score(net.eval(), task, device)
     parameters = sum(p.numel() for p in net.parameters())
     return Score(accuracy, consistency, parameters, time.perf_counter() - began)
 
 
 @torch.no_grad()
-def _score(net: nn.Module, images: Images, device: str) -> tuple[float, float]:
-    def predict(x: Tensor) -> Tensor:
-        return torch.cat([net(part.to(device)).argmax(1).cpu() for part in x.split(256)])
+def _score(net: nn.Module, task: Task, device: str) -> tuple[float, float]:
+    def predict(inputs: Inputs) -> Tensor:
+        parts = zip(*(t.split(256) for t in inputs), strict=True)
+        return torch.cat([net(*(t.to(device) for t in part)).argmax(1).cpu() for part in parts])
 
-    still = predict(images.test)
-    moved = [predict(shifted(images.test, seed)) for seed in SHIFT_SEEDS]
+    still = predict(task.test.inputs)
+    moved = [predict(task.disturbed(seed)) for seed in DISTURBANCES]
     unchanged = torch.stack([(m == still).float().mean() for m in moved]).mean()
-    return float((still == images.test_labels).float().mean()), float(unchanged)
+    return float((still == task.test.labels).float().mean()), float(unchanged)
 
 
-def measure(
-    arm: str, images: Images, geometry: Geometry, device: str = "cpu", repeats: int = 12
-) -> Cost:
+def measure(arm: str, task: Task, device: str = "cpu", repeats: int = 12) -> Cost:
     """Times training steps with both engines side by side (alternating, medians) and counts the
     bytes the pooling layer keeps."""
     engines = ("torchpool", "torch")
-    nets = {e: network(arm, geometry, images.channels, len(images.classes), e) for e in engines}
-    batch, labels = images.train[:BATCH].to(device), images.train_labels[:BATCH].to(device)
+    nets = {engine: task.network(arm, engine).to(device).train() for engine in engines}
+    batch = task.train.part(slice(task.batch)).to(device)
     times: dict[str, list[float]] = {engine: [] for engine in engines}
-    for engine in engines:
-        nets[engine].to(device).train()
     for repeat in range(repeats + 2):
         for engine in engines:
-            elapsed = _step(nets[engine], batch, labels)
+            elapsed = _step(nets[engine], batch)
             if repeat >= 2:  # the first two warm up: kernels are compiled or loaded there
                 times[engine].append(elapsed)
-    x = torch.randn(BATCH, WIDTHS[0], *images.train.shape[-2:], device=device)
-    saved = {engine: saved_bytes(nets[engine][3], x) for engine in engines}  # type: ignore[index]
-    after = nets["torchpool"][3](x)  # type: ignore[index]
+    inputs = tuple(t.to(device) for t in task.pooled_inputs())
+    pooling = {engine: task.pooling(net) for engine, net in nets.items()}
+    saved = {engine: saved_bytes(layer, *inputs) for engine, layer in pooling.items()}
     return Cost(
-        x.numel() * x.element_size(),
-        after.numel() * after.element_size(),
+        inputs[0].nbytes,
+        pooling["torchpool"](*inputs).nbytes,
         median(times["torchpool"]) * 1e3,
         median(times["torch"]) * 1e3,
         saved["torchpool"],
@@ -139,12 +135,12 @@ def measure(
     )
 
 
-def _step(net: nn.Module, batch: Tensor, labels: Tensor) -> float:
-    _synchronise(batch)
+def _step(net: nn.Module, batch: Examples) -> float:
+    _synchronise(batch.labels)
     began = time.perf_counter()
     net.zero_grad(set_to_none=True)
-    F.cross_entropy(net(batch), labels).backward()
-    _synchronise(batch)
+    F.cross_entropy(net(*batch.inputs), batch.labels).backward()
+    _synchronise(batch.labels)
     return time.perf_counter() - began
 
 
