@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchpool.nn.over_time import (
     OverTime,
+    Valid,
     check_channels,
     check_count,
     cleaned,
@@ -47,11 +48,11 @@ class _Scored(OverTime):
         x, valid = self._arrange(x, mask, lengths)
         return self._weights(cleaned(x, valid), valid)
 
-    def _weights(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _weights(self, x: Tensor, valid: Valid | None) -> Tensor:
         check_channels(self, self.channels, x)
         return softmax_over_time(self._scores(x.mT).mT, valid)
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         x = cleaned(x, valid)
         y: Tensor = x @ self._weights(x, valid).mT.to(x.dtype)
         return y.to(x.dtype)  # autocast multiplies in its own type
@@ -90,7 +91,7 @@ class GatedAttentionPool(_Scored):
         scores: Tensor = self.score(hidden)
         return scores
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         return super()._pool(x, valid).squeeze(-1)
 
     def extra_repr(self) -> str:
@@ -200,15 +201,16 @@ class AttentionPool(OverTime):
         parts: Tensor = t.unflatten(-1, (self.num_heads, -1))
         return parts.transpose(1, 2)
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         check_channels(self, self.channels, x)
         tokens = cleaned(x, valid).mT
         queries = self.queries.expand(x.shape[0], -1, -1)
         q, k, v = self.query(queries), self.key(tokens), self.value(tokens)
+        attended = None
         if valid is not None:  # a sample without any element attends to all, and is filled later
-            valid = (valid | ~valid.any(-1, keepdim=True))[:, None, None]
+            attended = (valid.mask | ~valid.mask.any(-1, keepdim=True))[:, None, None]
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=valid)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
         y = self.out(y.transpose(1, 2).flatten(2))
         if self.block:
             y = self.norm1(queries + y)
@@ -266,13 +268,13 @@ class AttentiveStatisticsPool(OverTime):
         )
         self.conv = nn.ModuleDict({"conv": nn.Conv1d(attention_channels, channels, 1)})
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         check_channels(self, self.channels, x)
         weights = softmax_over_time(self._scores(cleaned(x, valid), valid), valid)
         mean = over_time(x, Mean(), valid, weights)
         return torch.cat([mean, over_time(x, Std(), valid, weights)], 1)
 
-    def _scores(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _scores(self, x: Tensor, valid: Valid | None) -> Tensor:
         """What each element counts for each channel before the softmax, (N, C, T)."""
         first: Any = self.tdnn["conv"]["conv"]  # type: ignore[index]
         norm: Any = self.tdnn["norm"]["norm"]  # type: ignore[index]
@@ -294,10 +296,10 @@ class AttentiveStatisticsPool(OverTime):
 class _MaskedBatchNorm(nn.BatchNorm1d):
     """Batch norm whose statistics, in training, are those of the valid elements."""
 
-    def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, valid: Valid | None = None) -> Tensor:
         if valid is None or not self.training:
             return super().forward(input)
-        keep = valid[:, None].to(input.dtype)
+        keep = valid.mask[:, None].to(input.dtype)
         count = keep.sum().clamp(min=1)
         mean = (input * keep).sum((0, 2)) / count
         centred = (input - mean[:, None]) * keep

@@ -121,15 +121,31 @@ class Pool(nn.Module):
         return _constrain(held, self.reduction.domain) if self.learnable else held
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Any,
+        mask: Any = None,
+        weights: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        padding_side: str = "right",
+        offsets: Tensor | None = None,
+    ) -> Any:
+        """Pools x; the arguments and the result are those of `torchpool.pool`."""
         reduction = (
             self.reduction if self._tensor_name is None else self.reduction.replace(self.value)
         )
-        y: Tensor = pool(
-            x, reduction, self.windows, dims=self.dims, mask=mask, weights=weights, fill=self.fill
+        return pool(
+            x,
+            reduction,
+            self.windows,
+            dims=self.dims,
+            mask=mask,
+            weights=weights,
+            lengths=lengths,
+            padding_side=padding_side,
+            offsets=offsets,
+            fill=self.fill,
         )
-        return y
 
     def extra_repr(self) -> str:
         return describe(

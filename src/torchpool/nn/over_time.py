@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,20 @@ __all__ = ["OverTime", "SequencePool"]
 
 LAYOUTS = ("NCT", "NTC")
 SIDES = ("right", "left")
+
+
+class Valid(NamedTuple):
+    """Which elements of a padded batch take part."""
+
+    mask: Tensor
+    """bool (N, T)."""
+    lengths: Tensor | None
+    """(N,), where each sample's valid elements are one run at an end of the axis."""
+    padding_side: str
+
+    def counts(self) -> Tensor:
+        """Valid elements of each sample, (N, 1)."""
+        return self.mask.sum(-1, keepdim=True)
 
 
 class OverTime(nn.Module):
@@ -57,14 +71,14 @@ class OverTime(nn.Module):
         x, valid = self._arrange(x, mask, lengths)
         y = self._pool(x, valid).to(x.dtype)
         if valid is not None:
-            some = valid.any(-1).view(-1, *(1,) * (y.ndim - 1))
+            some = valid.mask.any(-1).view(-1, *(1,) * (y.ndim - 1))
             y = torch.where(some, y, torch.full((), self.fill, dtype=y.dtype, device=y.device))
         return y.transpose(1, 2) if y.ndim == 3 and self.layout == "NTC" else y
 
     def _arrange(
         self, x: Tensor, mask: Tensor | None, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """x as (N, C, T), and which of its elements (N, T) are valid; None where all are."""
+    ) -> tuple[Tensor, Valid | None]:
+        """x as (N, C, T), and which of its elements are valid; None where all are."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
         if x.ndim != 3:
@@ -77,15 +91,18 @@ class OverTime(nn.Module):
         t = x.shape[2]
         if t == 0:
             raise ValueError(f"x of shape {tuple(x.shape)} (N, C, T) has no time; T must be >= 1")
-        valid = None if mask is None else _as_mask(mask, x)
-        if lengths is not None:
-            _check_lengths(lengths, x)
-            inside = length_mask(lengths, t, padding_side=self.padding_side)
-            valid = inside if valid is None else valid & inside
-        return x, valid
+        side = self.padding_side
+        given = None if mask is None else _as_mask(mask, x)
+        if lengths is None:
+            return x, None if given is None else Valid(given, None, side)
+        _check_lengths(lengths, x)
+        inside = length_mask(lengths, t, padding_side=side)
+        if given is None:
+            return x, Valid(inside, lengths, side)
+        return x, Valid(given & inside, None, side)
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """(N, C, T) and bool (N, T) or None -> (N, D) or (N, D, K)."""
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
+        """(N, C, T) -> (N, D) or (N, D, K)."""
         raise NotImplementedError
 
     def _described(self, *positional: Any, **named: Any) -> str:
@@ -157,20 +174,29 @@ def _check_device(name: str, other: Tensor, x: Tensor) -> None:
 
 
 def over_time(
-    x: Tensor, reduction: Reduction, valid: Tensor | None, weights: Tensor | None = None
+    x: Tensor, reduction: Reduction, valid: Valid | None, weights: Tensor | None = None
 ) -> Tensor:
-    """One value per channel: (N, C, T), valid (N, T), weights like x -> (N, C)."""
-    mask = None if valid is None else valid[:, None]
-    y: Tensor = pool(x, reduction, Global(), mask=mask, weights=weights)
+    """One value per channel: x (N, C, T), weights like x -> (N, C)."""
+    y: Tensor = pool(x, reduction, Global(), weights=weights, **among(valid))
     return y.squeeze(-1)
 
 
-def cleaned(x: Tensor, valid: Tensor | None) -> Tensor:
+def among(valid: Valid | None) -> dict[str, Any]:
+    """Arguments of `pool` that keep it to the valid elements of (N, C, T). Lengths are the better
+    ones: nothing is read behind them."""
+    if valid is None:
+        return {}
+    if valid.lengths is None:
+        return {"mask": valid.mask[:, None]}
+    return {"lengths": valid.lengths, "padding_side": valid.padding_side}
+
+
+def cleaned(x: Tensor, valid: Valid | None) -> Tensor:
     """x (N, C, T) with zeros for what is not valid, so that products do not meet a NaN there."""
-    return x if valid is None else x.masked_fill(~valid[:, None], 0)
+    return x if valid is None else x.masked_fill(~valid.mask[:, None], 0)
 
 
-def softmax_over_time(scores: Tensor, valid: Tensor | None) -> Tensor:
+def softmax_over_time(scores: Tensor, valid: Valid | None) -> Tensor:
     """Weights over the valid elements, at least float32: (N, H, T) -> (N, H, T).
 
     They sum to 1; a sample without any valid element has zeros.
@@ -178,19 +204,19 @@ def softmax_over_time(scores: Tensor, valid: Tensor | None) -> Tensor:
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if valid is None:
         return scores.softmax(-1)
-    outside = ~valid[:, None]
+    outside = ~valid.mask[:, None]
     scores = scores.masked_fill(outside, torch.finfo(scores.dtype).min)
     return scores.softmax(-1).masked_fill(outside, 0)
 
 
-def ranks(valid: Tensor) -> Tensor:
+def ranks(valid: Valid) -> Tensor:
     """The position of each valid element among the valid ones, from 0: (N, T) int64."""
-    return valid.cumsum(-1) - 1
+    return valid.mask.cumsum(-1) - 1
 
 
-def all_valid(x: Tensor) -> Tensor:
-    """The mask (N, T) of an x (N, C, T) without padding."""
-    return x.new_ones((x.shape[0], x.shape[2]), dtype=torch.bool)
+def all_valid(x: Tensor) -> Valid:
+    """Every element of an x (N, C, T) without padding."""
+    return Valid(x.new_ones((x.shape[0], x.shape[2]), dtype=torch.bool), None, "right")
 
 
 class SequencePool(OverTime):
@@ -218,8 +244,8 @@ class SequencePool(OverTime):
         super().__init__(**options)
         self.pool = Pool(reduction, Global(), channels=channels)
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        y: Tensor = self.pool(x, mask=None if valid is None else valid[:, None])
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
+        y: Tensor = self.pool(x, **among(valid))
         return y.squeeze(-1)
 
     def extra_repr(self) -> str:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torchpool.functional import pool
 from torchpool.nn.over_time import (
     OverTime,
+    Valid,
     all_valid,
+    among,
     check_channels,
     check_count,
     cleaned,
@@ -70,7 +72,7 @@ class StatisticsPool(OverTime):
         super().__init__(**options)
         self.correction = correction
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         mean = over_time(x, Mean(), valid)
         return torch.cat([mean, over_time(x, Std(self.correction), valid)], 1)
 
@@ -108,7 +110,7 @@ class AutoPool(OverTime):
         """Puts every alpha back to its start."""
         nn.init.constant_(self.alpha, self.start)
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         check_channels(self, self.channels, x)
         return over_time(x, SoftmaxMean(self.alpha), valid)
 
@@ -164,7 +166,7 @@ class LinearSoftmax(OverTime):
     tensor([[0.6250]])
     """
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         return over_time(x, _SelfWeightedMean(), valid)
 
 
@@ -211,20 +213,14 @@ class KMaxPool(OverTime):
         kept: Tensor = self._kept(lengths)
         return torch.minimum(kept, lengths)
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         t = x.shape[2]
         k = self._kept(t)
-        order = cleaned(x, valid)
-        if valid is not None:
-            order = order.masked_fill(~valid[:, None], -torch.inf)
-        order = order.argsort(stable=True, dim=-1, descending=True)
-        if valid is None:
-            places = order[..., :k]
-        else:
-            order = _valid_first(order, valid)
-            counts = self.pool_lengths(valid.sum(-1)).view(-1, 1, 1)
-            places = order[..., :k].where(torch.arange(t, device=x.device)[:k] < counts, t)
-        places = places.sort(-1).values
+        mask = (all_valid(x) if valid is None else valid).mask[:, None]
+        counts = self.pool_lengths(mask.sum(-1, keepdim=True))
+        time = torch.arange(t, device=x.device)
+        places = time.where(_largest(x.detach(), mask, counts, min(k, t)), t)
+        places = places.topk(min(k, t), dim=-1, largest=False, sorted=True).values
         y = x.gather(-1, places.clamp(max=t - 1)).masked_fill(places == t, self.fill)
         return F.pad(y, (0, k - y.shape[-1]), value=self.fill)
 
@@ -232,26 +228,33 @@ class KMaxPool(OverTime):
         return self._described(self.k, ratio=self.ratio or None)
 
 
-def _valid_first(order: Tensor, valid: Tensor) -> Tensor:
-    """Moves what is not valid to the end: -inf may be a valid element too."""
-    outside = ~valid[:, None].expand_as(order).gather(-1, order)
-    return order.gather(-1, outside.to(torch.uint8).argsort(stable=True, dim=-1))
+def _largest(x: Tensor, mask: Tensor, counts: Tensor, most: int) -> Tensor:
+    """Which elements of x (N, C, T) are the `counts` (N, 1, 1) largest valid ones, at most `most`;
+    of equals the earlier ones. NaN is the largest of all."""
+    x = x.masked_fill(~mask, -torch.inf)
+    best = x.topk(most, dim=-1, sorted=True).values
+    last = best.gather(-1, (counts - 1).clamp(min=0).expand(*x.shape[:2], 1))
+    above = (x > last) | (x.isnan() & ~last.isnan())
+    level = ((x == last) | (x.isnan() & last.isnan())) & mask
+    room = counts - above.sum(-1, keepdim=True)
+    return (above & mask & (counts > 0)) | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
 
 
-def _segments(x: Tensor, valid: Tensor | None, count: int, reduction: Reduction) -> Tensor:
+def _segments(x: Tensor, valid: Valid | None, count: int, reduction: Reduction) -> Tensor:
     """Pools `count` equal parts of each sample's valid elements: (N, C, T) -> (N, C, count).
 
     Part o of a sample with n of them reads floor(o n / count) up to ceil((o + 1) n / count) - 1, as
     adaptive pooling does.
     """
-    if valid is None:
-        y: Tensor = pool(x, reduction, Adaptive(count))
+    if valid is None or valid.lengths is not None:
+        y: Tensor = pool(x, reduction, Adaptive(count), **among(valid))
         return y
-    rank, n = ranks(valid), valid.sum(-1, keepdim=True)
+    rank, n = ranks(valid), valid.counts()
     parts = []
     for o in range(count):
         start, stop = o * n // count, ((o + 1) * n + count - 1) // count
-        parts.append(over_time(x, reduction, valid & (rank >= start) & (rank < stop)))
+        part = valid.mask & (rank >= start) & (rank < stop)
+        parts.append(over_time(x, reduction, valid._replace(mask=part)))
     return torch.stack(parts, -1)
 
 
@@ -290,7 +293,7 @@ class TemporalPyramidPool(OverTime):
             check_count("levels", level)
         self.reduction = Max() if reduction is None else reduction
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         return torch.cat([_segments(x, valid, n, self.reduction) for n in self.levels], -1)
 
     def extra_repr(self) -> str:
@@ -332,7 +335,7 @@ class SegmentPool(OverTime):
         self.reduction = Mean() if reduction is None else reduction
         self.consensus = consensus
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         y = _segments(x, valid, self.num_segments, self.reduction)
         return y if self.consensus is None else over_time(y, self.consensus, None)
 
@@ -375,7 +378,7 @@ class RankPool(OverTime):
         self.smooth = smooth
         self.ridge = ridge
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         wide = cleaned(x, valid).to(torch.promote_types(x.dtype, torch.float32))
         valid = all_valid(x) if valid is None else valid
         y = (
@@ -385,20 +388,20 @@ class RankPool(OverTime):
         )
         return y
 
-    def _closed_form(self, x: Tensor, valid: Tensor) -> Tensor:
+    def _closed_form(self, x: Tensor, valid: Valid) -> Tensor:
         """The sum of alpha_t x_t, in which alpha_t gathers all pairs of which x_t is a part."""
         time = ranks(valid).to(x.dtype) + 1
-        n = valid.sum(-1, keepdim=True).to(x.dtype)
+        n = valid.counts().to(x.dtype)
         alpha = 2 * time - n - 1
         if self.smooth:  # x_t is part of v_t, v_(t + 1), ...: the sum of alpha / t from t on
-            alpha = (alpha / time.clamp(min=1)).masked_fill(~valid, 0)
+            alpha = (alpha / time.clamp(min=1)).masked_fill(~valid.mask, 0)
             alpha = alpha.flip(-1).cumsum(-1).flip(-1)
         pairs = (n * (n - 1) / 2).clamp(min=1)
-        return (x @ (alpha / pairs).masked_fill(~valid, 0).unsqueeze(-1)).squeeze(-1)
+        return (x @ (alpha / pairs).masked_fill(~valid.mask, 0).unsqueeze(-1)).squeeze(-1)
 
-    def _fit(self, x: Tensor, valid: Tensor, ridge: float) -> Tensor:
+    def _fit(self, x: Tensor, valid: Valid, ridge: float) -> Tensor:
         """Ridge regression of time on v, in the smaller of the spaces of channels and of times."""
-        keep = valid.to(x.dtype)
+        keep = valid.mask.to(x.dtype)
         time = ranks(valid).to(x.dtype) + 1
         n = keep.sum(-1, keepdim=True).clamp(min=1)
         v = x.cumsum(-1) / time.clamp(min=1)[:, None] if self.smooth else x
@@ -481,7 +484,7 @@ class GaussianPool(OverTime):
         widths = self.sigma.clamp(2 / self.kernel, 0.5) * half
         return torch.exp(-0.5 * ((places - half) / widths[:, None]).square())
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         check_channels(self, self.channels, x)
         (axis,) = self.windows.axes((x.shape[2],))
         room = (axis.before, axis.after)
@@ -490,12 +493,12 @@ class GaussianPool(OverTime):
         y = F.conv1d(padded, taps, stride=axis.stride, groups=self.channels)
         y = y.to(x.dtype)  # autocast multiplies in its own type
         if self.normalise:
-            inside = (all_valid(x) if valid is None else valid)[:, None].to(x.dtype)
+            inside = (all_valid(x) if valid is None else valid).mask[:, None].to(x.dtype)
             total = F.conv1d(F.pad(inside, room), taps, stride=axis.stride)
             return torch.where(total > 0, y / total.where(total > 0, 1).to(x.dtype), self.fill)
         if valid is None:
             return y
-        return y.masked_fill(~self.windows.pool_mask(valid[:, None]), self.fill)
+        return y.masked_fill(~self.windows.pool_mask(valid.mask[:, None]), self.fill)
 
     def extra_repr(self) -> str:
         window = self.windows

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchpool.nn.over_time import (
     OverTime,
     SequencePool,
+    Valid,
     all_valid,
     check_choice,
     over_time,
@@ -36,10 +37,10 @@ class FirstToken(OverTime):
     tensor([[8.]])
     """
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         if valid is None:
             return x[:, :, 0]
-        return _take(x, valid.to(torch.uint8).argmax(-1))
+        return _take(x, valid.mask.to(torch.uint8).argmax(-1))
 
 
 class LastToken(OverTime):
@@ -56,10 +57,10 @@ class LastToken(OverTime):
     tensor([[8.]])
     """
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         if valid is None:
             return x[:, :, -1]
-        return _take(x, x.shape[2] - 1 - valid.flip(-1).to(torch.uint8).argmax(-1))
+        return _take(x, x.shape[2] - 1 - valid.mask.flip(-1).to(torch.uint8).argmax(-1))
 
 
 def _take(x: Tensor, place: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class WeightedMeanTokens(OverTime):
         check_choice("positions", positions, ("valid", "absolute"))
         self.positions = positions
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         counted = all_valid(x) if valid is None or self.positions == "absolute" else valid
         weights = (ranks(counted) + 1).to(torch.promote_types(x.dtype, torch.float32))
         return over_time(x, Mean(), valid, weights[:, None])
@@ -115,8 +116,8 @@ class SqrtLenMean(OverTime):
     tensor([[5.]])
     """
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        counts = (all_valid(x) if valid is None else valid).sum(-1, keepdim=True)
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
+        counts = (all_valid(x) if valid is None else valid).counts()
         wide = torch.promote_types(x.dtype, torch.float32)
         total = over_time(x.to(wide), Sum(), valid)
         return total / counts.clamp(min=1).to(wide).sqrt()
@@ -161,7 +162,7 @@ class SentencePool(OverTime):
         self.modes = tuple(mode for mode in self.MODES if mode in asked)
         self.layers = nn.ModuleList([_by_mode(mode) for mode in self.modes])
 
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         return torch.cat([layer(x, valid) for layer in self.layers], 1)
 
     def extra_repr(self) -> str:
