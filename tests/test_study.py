@@ -13,17 +13,20 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command import command
+from optuna.trial import TrialState
 from PIL import Image
 from scipy import stats
 
 from torchpool.study import data, experiment, report, statistics
 from torchpool.study.model import ARMS, WIDTHS, Geometry, ImageTask, network
-from torchpool.study.trial import train
+from torchpool.study.trial import Cost, Score, train
 
 RUN = [sys.executable, "-c", "from torchpool.cli import main; main()"]
 TINY = ["study", "--arms", "max,average,max", "--seeds", "2", "--epochs", "1"]
@@ -237,7 +240,7 @@ def test_bad_input_ends_with_one_line_and_status_2(tmp_path, arguments, text):
     (tmp_path / "text").write_text("no folder")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "trials.db").write_bytes(b"no database" * 100)
-    done = _run("study", *arguments, cwd=tmp_path)
+    done = command("study", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert text in done.stderr
@@ -275,10 +278,13 @@ def test_an_interrupted_study_loses_nothing(tmp_path):
     )
     file = tmp_path / "out" / "trials.db"
     deadline = time.monotonic() + 120
-    while _finished(file) < 3 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    try:
+        while _finished(file) < 3 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "the same command goes on" in out
@@ -289,6 +295,32 @@ def test_an_interrupted_study_loses_nothing(tmp_path):
     again = _run(*command[len(RUN) :], "--seeds", "2")
     assert again.returncode == 0, again.stderr
     assert "4 of 4 trials are stored" in again.stdout or "3 of 4" in again.stdout
+
+
+def test_an_interruption_is_noted_where_python_drops_it():
+    with experiment._interruptions() as noted, contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert noted == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_trial_that_another_process_has_finished_meanwhile(tmp_path, monkeypatch):
+    plan = experiment.Plan(ImageTask(data.digits()), ("max",), 1, 1)
+    mine = experiment.Experiment(plan, f"sqlite:///{tmp_path / 'trials.db'}")
+    score = Score(0.5, 0.5, 10, 1.0)
+
+    def finished_elsewhere(*_):
+        (trial,) = mine.study.get_trials()
+        storage = mine.study._storage
+        storage.set_trial_user_attr(trial._trial_id, "score", asdict(score))
+        storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [score.accuracy])
+        return score
+
+    monkeypatch.setattr(experiment, "train", finished_elsewhere)
+    monkeypatch.setattr(experiment, "measure", lambda *_: Cost(1, 1, 1.0, 1.0, 1, 1))
+    results = mine.run(lambda *_: None, lambda: None)
+    assert results.is_complete
+    assert results.scores["max"][0] == score
 
 
 def _finished(file: Path) -> int:
@@ -305,8 +337,6 @@ def test_verdicts_in_words():
     plan = experiment.Plan(ImageTask(data.digits()), ("max", "average"), 6, 1)
     results = experiment.Results(plan)
     assert report.verdict(results) == ["No trial has finished yet."]
-    from torchpool.study.trial import Score
-
     for arm, shift in (("max", 0.0), ("average", 0.05)):
         results.scores[arm] = {
             s: Score(0.8 + shift + 0.003 * ((s * 7 + len(arm)) % 5), 0.7, 10, 1.0) for s in range(6)

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -102,6 +105,26 @@ def _persist(attempt: Callable[[], Any], times: int = 5) -> Any:
     return attempt()
 
 
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Notes every Ctrl-C, besides what it does: Python drops the exception where it meets a
+    finalizer."""
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Experiment:
     """A plan and its storage.
 
@@ -171,6 +194,24 @@ class Experiment:
             for t in self.study.get_trials(deepcopy=False)
         )
 
+    def _run_next(self, objective: Callable[[Any], float]) -> None:
+        """Runs the next trial of the queue. SQLite may hand one to two processes that ask at the
+        same moment; the slower one finds it finished, with the score that it has found as well."""
+        import optuna
+
+        begun: list[int] = []
+
+        def noted(trial: Any) -> float:
+            begun.append(trial.number)
+            return objective(trial)
+
+        try:
+            self.study.optimize(noted, n_trials=1)
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            trials = self.study.get_trials(deepcopy=False)
+            if not begun or trials[begun[0]].state.name != "COMPLETE":
+                raise
+
     def run(self, on_trial: Callable[[str, int], None], tick: Callable[[], None]) -> Results:
         """Runs what is missing, together with any other process on the same storage.
 
@@ -179,8 +220,6 @@ class Experiment:
             tick: called after each epoch.
         """
         import optuna
-
-        interrupted: list[BaseException] = []
 
         def objective(trial: Any) -> float:
             claim = self._claim(trial)
@@ -191,23 +230,25 @@ class Experiment:
             try:
                 plan = self.plan
                 score = train(arm.split("#")[0], seed, plan.task, plan.epochs, plan.device, tick)
-            except KeyboardInterrupt as stop:
-                interrupted.append(stop)
+            except KeyboardInterrupt:
                 raise optuna.TrialPruned from None  # not done: the next run takes it up again
             trial.set_user_attr("score", asdict(score))
             return score.accuracy
 
         self._enqueue_missing()
-        while True:
-            optuna.storages.fail_stale_trials(self.study)
-            if self._count("WAITING"):
-                self.study.optimize(objective, n_trials=1)
-            elif self._count("RUNNING"):
-                time.sleep(0.5)  # another process is at work; if it died, its trial becomes stale
-            else:
-                break
-            if interrupted:
-                raise KeyboardInterrupt
+        with _interruptions() as interruptions:
+            while True:
+                optuna.storages.fail_stale_trials(self.study)
+                if self._count("WAITING"):
+                    self._run_next(objective)
+                elif self._count("RUNNING"):
+                    time.sleep(
+                        0.5
+                    )  # another process is at work; its trial becomes stale if it dies
+                else:
+                    break
+                if interruptions:
+                    raise KeyboardInterrupt
         for arm in self.plan.arms:
             if f"cost:{arm}" not in self.study.user_attrs:
                 cost = measure(arm.split("#")[0], self.plan.task, self.plan.device)

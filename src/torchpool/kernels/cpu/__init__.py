@@ -48,10 +48,10 @@ def _flat(x: Tensor, channels_last: bool) -> Any:
     return (x.view(torch.uint8) if x.dtype == torch.bool else x).numpy()
 
 
-def _plan(x: Tensor, axes: Sequence[Axis]) -> Plan:
+def _plan(x: Tensor, axes: Sequence[Axis], joins: bool = False) -> Plan:
     """How the windows of a dense x (N, C, ...) are visited."""
     n, c = x.shape[:2]
-    return plans.plan(tuple(axes), n, c, layout.is_channels_last(x))
+    return plans.plan(tuple(axes), n, c, layout.is_channels_last(x), joins)
 
 
 def _why_not(axes: Sequence[Axis]) -> str | None:
@@ -105,7 +105,7 @@ def select(
     state = torch.empty_like(y, dtype=dtype) if save else x.new_empty(0, dtype=dtype)
     if y.numel():
         tag = _LARGEST if reduction.largest else _SMALLEST
-        kept, plan = state if save or mask is not None else None, _plan(x, axes)
+        kept, plan = state if save or mask is not None else None, _plan(x, axes, True)
         _merge(tag, x, mask, y, kept, -1, 0.0, plan)
         if plan.has_empty:
             _clear_empty(y, axes)
@@ -139,9 +139,14 @@ def _merge(
     bare, wide = state is None and mask is None, plan.inner * x.element_size() >= _VECTOR
     if plan.is_leaf and bare:
         threads.run(leaf.leaf, plan.rows_out, traffic, tag, *arrays, *geometry, column, divisor)
-    elif wide and not plan.is_large and bare:
+    elif wide and bare and plan.taps <= plans.LARGE:
         options: tuple[Any, ...] = (plan.inner, column, divisor)
         threads.run(leaf.channels, plan.rows_out, traffic, tag, *arrays, *geometry, *options)
+    elif bare and not (plan.is_large and plan.overlaps):
+        options = (plan.inner, column, divisor)
+        threads.run(
+            leaf.merged, plan.rows_out, traffic, _way(plan), tag, *arrays, *geometry, *options
+        )
     elif plan.is_large and mask is None:
         units = plan.outer * -(-int(plan.geo[2, plans.OUT]) // plan.block)
         kept = None if state is None else _flat(state, last)
@@ -341,7 +346,7 @@ def accumulate(
         return _accumulate_integers(x, reduction, axes)
     y = in_large_pages(layout.empty_like(x, sizes))
     if y.numel():
-        _merge(_TOTAL, x, None, y, None, *_divisor(reduction), _plan(x, axes))
+        _merge(_TOTAL, x, None, y, None, *_divisor(reduction), _plan(x, axes, True))
     return y, layout.empty_stats(x, [], reduction, False)
 
 

@@ -867,16 +867,74 @@ def row_of_channels(tag, x, weights, params, row, y, state, at, lines, geo, tab,
 @njit(**INNER)
 def row_of_windows(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
                    ahead, ask):  # fmt: skip
-    """Lanes are elements of one window."""
+    """Lanes are elements of one window; as many windows as there are lanes are written at once."""
     like = splat(x, 0)
+    lanes = lane_numbers(like)
     pads, counts, scale, fixed, is_mean = means
     p = parameter(params, row, 0, like)
-    for o in range(geo[3, OUT]):
-        ahead = request(x, ahead, ask)
-        first, end, start = taps_of(geo, tab, 3, o)
-        place = Whole(first, end, start, geo[3, DILATION])
-        v, kept = solve(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean)
-        write(y, state, at + o, v, kept, 1, counts, o, scale, tag, is_mean)
+    ask = ask if ask <= STREAM else 0
+    for o in range(0, geo[3, OUT], width(like)):
+        count = min(width(like), geo[3, OUT] - o)
+        v, kept = like, nothing_kept(tag, like, state)
+        for i in range(count):
+            ahead = request(x, ahead, ask)
+            first, end, start = taps_of(geo, tab, 3, o + i)
+            place = Whole(first, end, start, geo[3, DILATION])
+            found = solve(place, tag, x, weights, lines, state, geo, p, pads, o + i, fixed, is_mean)
+            v, kept = with_window(lanes == i, found, (v, kept))
+        write(y, state, at + o, v, kept, count, counts, o, scale, tag, is_mean)
+
+
+STREAM = 16
+"""Lines of a window that are asked for ahead of time; longer ones the hardware foresees."""
+
+
+def nothing_kept(tag: Any, like: Any, state: Any) -> Any:
+    """Room in vectors for what `solve` keeps of as many windows as there are lanes."""
+
+
+@inlined(nothing_kept)
+def _nothing_kept(tag, like, state):
+    if formulas.is_tag(tag):
+        return lambda tag, like, state: (like, formulas.zeros(tag, like), like)
+    if state == types.none:
+        return lambda tag, like, state: None
+    return lambda tag, like, state: codes_as(like, state, 0)
+
+
+def with_window(lane: Any, found: Any, held: Any) -> Any:
+    """What is held of several windows, a lane each, with what was found of one in its lane."""
+
+
+@inlined(with_window)
+def _with_window(lane, found, held):
+    if held == types.none:
+        return lambda lane, found, held: None
+    if not isinstance(held, types.BaseTuple):
+        return lambda lane, found, held: choose(lane, found, held)
+
+    def one(lane, found, held):
+        return (with_window(lane, found[0], held[0]),)
+
+    def two(lane, found, held):
+        return with_window(lane, found[0], held[0]), with_window(lane, found[1], held[1])
+
+    def three(lane, found, held):
+        return (
+            with_window(lane, found[0], held[0]),
+            with_window(lane, found[1], held[1]),
+            with_window(lane, found[2], held[2]),
+        )
+
+    def four(lane, found, held):
+        return (
+            with_window(lane, found[0], held[0]),
+            with_window(lane, found[1], held[1]),
+            with_window(lane, found[2], held[2]),
+            with_window(lane, found[3], held[3]),
+        )
+
+    return (one, two, three, four)[len(held) - 1]
 
 
 class ByOutput(NamedTuple):

@@ -8,9 +8,13 @@ written but results.
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit
+from typing import Any
 
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from torchpool.kernels.cpu.direct import walk
 from torchpool.kernels.cpu.lines import (
     advance,
     count_row,
@@ -26,6 +30,7 @@ from torchpool.kernels.cpu.lines import (
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, STRIDE
 from torchpool.kernels.cpu.scalars import (
     APART,
+    COPYING,
     INNER,
     JIT,
     empty_buffer,
@@ -42,6 +47,7 @@ from torchpool.kernels.cpu.simd import (
     gather,
     lane_numbers,
     load,
+    load_as,
     odds,
     splat,
     store,
@@ -235,4 +241,94 @@ def channels(begin, end, tag, x, y, geo, tab, inner, column, fixed):
             tag, x, rows, found, y, unit * row, geo, tab, inner, counts, scale, is_mean,
             np.int64(unit * share) + lines_ahead(x), lines,
         )  # fmt: skip
+        plane = advance(geo, OUT, o, plane)
+
+
+# Any windows --------------------------------------------------------------------------------
+
+
+def source_of(x: Any, buffer: Any, is_single: Any) -> Any:
+    """Where a row of outputs is read: from the input where that is one row of numbers, else from
+    the buffer."""
+
+
+@overload(source_of, jit_options=COPYING)  # type: ignore[arg-type]
+def _source_of(x, buffer, is_single):
+    if isinstance(x.dtype, types.Record):
+        return lambda x, buffer, is_single: (buffer, False)
+    return lambda x, buffer, is_single: (x if is_single else buffer, is_single)
+
+
+BLOCK = 2048
+"""Elements of a row that stay in the first cache while the rows of a window are merged."""
+
+
+@njit(**INNER)
+def merge_few(tag, x, rows, found, begin, end, size, buffer, ahead, lines):
+    """Columns `begin .. end - 1` of a few rows, merged, into the buffer."""
+    for at in range(begin, end, width(x)):
+        ahead = request(x, ahead, lines)
+        store(buffer, at, columns(tag, x, rows, found, at, size))
+    return ahead
+
+
+@njit(**INNER)
+def merge_pair(tag, x, rows, k, begin, end, size, buffer):
+    """Columns `begin .. end - 1` of rows k and k + 1, merged with those in the buffer."""
+    at = begin
+    like = splat(x, 0)
+    while at + width(x) <= end:
+        v, w = load(x, rows[k] + at), load(x, rows[k + 1] + at)
+        store(buffer, at, merge3(tag, load_as(buffer, at, like), v, w))
+        at += width(x)
+    if at < end:
+        v = columns(tag, x, rows[k:], 2, at, size)
+        store(buffer, at, merge(tag, load_as(buffer, at, like), v))
+
+
+@njit(**INNER)
+def merge_rows(tag, x, rows, found, size, buffer, ahead, lines):
+    """The rows of one row of outputs as one row, in the buffer: some columns at a time, so that
+    memory is read in long pieces."""
+    few = found if found <= FEW else 1 + (found - 1) % 2
+    for begin in range(0, size, BLOCK):
+        end = min(size, begin + BLOCK)
+        ahead = merge_few(tag, x, rows, few, begin, end, size, buffer, ahead, lines)
+        for k in range(few, found, 2):
+            merge_pair(tag, x, rows, k, begin, end, size, buffer)
+
+
+FEW = 4
+"""Rows that are merged in registers."""
+
+
+@njit(**JIT)
+def merged(begin, end, way, tag, x, y, geo, tab, inner, column, fixed):
+    """Output rows as `leaf`, of any windows: their rows are merged into one, which is then read as
+    by `direct`. `way` says what the lanes are there."""
+    size, row_size, lanes = geo[3, SIZE] * inner, geo[3, OUT] * inner, width(x)
+    most = most_rows(geo)
+    rows, codes, o = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(3, np.int64)
+    row, code = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    buffer = empty_buffer(x, size + lanes)
+    number = buffer.dtype.type
+    is_mean = column >= 0
+    counts = empty_buffer(x, row_size + lanes)
+    if is_mean:
+        count_row(counts, geo, tab, inner, column, fixed)
+    steps = geo[3, OUT] * (-(-inner // lanes)) if inner > 1 else -(-geo[3, OUT] // lanes)
+    share, ask = share_of(x, y.size // row_size, steps)
+    _, ask_columns = share_of(x, y.size // row_size, -(-size // lanes))
+    plane = split(begin, geo, OUT, o)
+    for unit in range(begin, end):
+        found = window_rows(geo, tab, o, plane, size, rows, codes)
+        scale = number(lead_count(geo, tab, column, o) if is_mean and fixed == 0 else 1)
+        ahead = np.int64(unit * share) + lines_ahead(x)
+        source, is_single = source_of(x, buffer, found == 1)
+        row[0] = rows[0] if is_single else 0
+        if not is_single:
+            merge_rows(tag, x, rows, found, size, buffer, ahead, ask_columns)
+        walk(way, tag, source, None, None, counts, y, None, unit * row_size, (row, code, 1),
+             geo, tab, inner, (counts, counts, scale, number(fixed), is_mean), ahead,
+             ask if is_single else 0)  # fmt: skip
         plane = advance(geo, OUT, o, plane)

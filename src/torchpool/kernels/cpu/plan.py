@@ -48,7 +48,8 @@ class Plan(NamedTuple):
 
     `by_channel` and `by_window` say what the lanes of a vector are (else windows side by side),
     `is_leaf` whether windows are small and lie on contiguous rows, `is_large` whether they are
-    large and may be reduced axis by axis, `block` rows of outputs at a time. `taps` is the size of
+    large and may be reduced axis by axis, `block` rows of outputs at a time, `overlaps` whether
+    many windows share a row. `taps` is the size of
     a window; `covers` outputs cover an element at most. `planes_each` is how many planes of `outer`
     a channel has (0: channels are the fastest axis). A band is so many positions along the leading
     axis.
@@ -65,6 +66,7 @@ class Plan(NamedTuple):
     by_window: bool
     is_leaf: bool
     is_large: bool
+    overlaps: bool
     block: int
     has_empty: bool
     covers: int
@@ -125,11 +127,20 @@ def _canonical(axes: tuple[Axis, ...]) -> tuple[list[Axis], int, int]:
 
 
 @lru_cache(maxsize=512)
-def plan(axes: tuple[Axis, ...], planes: int, channels: int, channels_last: bool) -> Plan:
-    """How the windows of a dense tensor of `planes` times `channels` planes are visited."""
+def plan(
+    axes: tuple[Axis, ...], planes: int, channels: int, channels_last: bool, joins: bool = False
+) -> Plan:
+    """How the windows of a dense tensor of `planes` times `channels` planes are visited. With
+    `joins` planes that are one window each may be joined to rows of windows."""
     kept, more_outer, more_inner = _canonical(axes)
     outer, inner = (planes, channels) if channels_last else (planes * channels, 1)
     outer, inner = outer * more_outer, inner * more_inner
+    if joins and inner == len(kept) == 1 and _is_whole(kept[0]) and kept[0].dilation == 1:
+        size = kept[0].in_size
+        count = _divisor(outer, JOINED // max(1, size))
+        kept, outer = [Axis(size * count, count, size, size, 1, 0, 0)], outer // count
+    if inner > 1 and len(kept) < AXES and _is_whole(kept[-1]):
+        kept.append(_TRIVIAL)  # what windows hold along all of an axis are rows to be merged
     padded = (*(_TRIVIAL,) * (AXES - len(kept)), *kept)
     geo = np.zeros((AXES, COLUMNS), np.int64)
     parts: list[Any] = []
@@ -159,6 +170,7 @@ def plan(axes: tuple[Axis, ...], planes: int, channels: int, channels_last: bool
         inner == 1 and (last.is_adaptive or is_long),
         inner == 1 and last.kernel <= 3 and last.dilation == 1 and last.stride in (1, 2),
         _is_large(padded, is_long and inner == 1),
+        padded[2].kernel > OVERLAP * padded[2].stride,
         _block(geo, inner),
         bool(geo[:, EMPTY].any()),
         math.prod(map(_covers, padded)),
@@ -167,12 +179,21 @@ def plan(axes: tuple[Axis, ...], planes: int, channels: int, channels_last: bool
     )
 
 
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is not larger than `most`, or 1."""
+    return next((d for d in range(min(number, most), 1, -1) if number % d == 0), 1)
+
+
+JOINED = 1 << 12
+"""Elements of planes that are joined."""
 LONG = 16
 """Windows of so many taps are read along themselves, unless they overlap much."""
 SCRATCH = 1 << 15
 """Elements of the shares of a band that stay in the second cache."""
 
 
+OVERLAP = 4
+"""Rows that belong to more windows are reduced axis by axis where that is possible."""
 LARGE = 12
 """Windows of more elements are reduced axis by axis where that is possible."""
 BUFFER = 1 << 17

@@ -16,6 +16,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload, register_jitable
 
 from torchpool.kernels.cpu import simd
+from torchpool.kernels.cpu.parts import PartCompiler
 from torchpool.kernels.cpu.simd import (
     Vector,
     choose,
@@ -34,6 +35,7 @@ INNER: dict[str, Any] = {
     "no_cfunc_wrapper": True,
     "forceinline": True,
     "_nrt": False,
+    "pipeline_class": PartCompiler,
 }
 """Options of functions that become a part of the kernels that call them: what is cached on disk is
 the kernel that holds them. They allocate nothing, so that arrays need not be counted."""
@@ -42,7 +44,7 @@ APART: dict[str, Any] = {**INNER, "forceinline": False}
 """The same for long functions that are called seldom, or from several places."""
 
 COPYING: dict[str, Any] = {**APART, "_nrt": True}
-"""The same for functions that copy parts of arrays, for which Numba counts references."""
+"""The same for functions that copy parts of arrays or return one: Numba counts references."""
 
 JIT: dict[str, Any] = {"cache": True, **_COMMON}
 """Options of kernels."""
