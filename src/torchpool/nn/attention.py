@@ -279,12 +279,13 @@ class AttentiveStatisticsPool(OverTime):
         first: Any = self.tdnn["conv"]["conv"]  # type: ignore[index]
         norm: Any = self.tdnn["norm"]["norm"]  # type: ignore[index]
         last = self.conv["conv"]
+        mask = None if valid is None else valid.mask
         hidden = F.conv1d(x, first.weight[:, : self.channels], first.bias)
         if self.global_context:  # the same for all times, so it is multiplied once per sample
             statistics = [over_time(x, Mean(), valid), over_time(x, Std(), valid)]
             context = torch.cat(statistics, 1).unsqueeze(-1)
             hidden = hidden + F.conv1d(context, first.weight[:, self.channels :])
-        scores: Tensor = last(torch.tanh(norm(F.relu(hidden), valid)))
+        scores: Tensor = last(torch.tanh(norm(F.relu(hidden), mask)))
         return scores
 
     def extra_repr(self) -> str:
@@ -296,10 +297,10 @@ class AttentiveStatisticsPool(OverTime):
 class _MaskedBatchNorm(nn.BatchNorm1d):
     """Batch norm whose statistics, in training, are those of the valid elements."""
 
-    def forward(self, input: Tensor, valid: Valid | None = None) -> Tensor:
-        if valid is None or not self.training:
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None or not self.training:
             return super().forward(input)
-        keep = valid.mask[:, None].to(input.dtype)
+        keep = mask[:, None].to(input.dtype)
         count = keep.sum().clamp(min=1)
         mean = (input * keep).sum((0, 2)) / count
         centred = (input - mean[:, None]) * keep

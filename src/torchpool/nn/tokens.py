@@ -160,10 +160,10 @@ class SentencePool(OverTime):
         for mode in asked:
             check_choice("modes", mode, self.MODES)
         self.modes = tuple(mode for mode in self.MODES if mode in asked)
-        self.layers = nn.ModuleList([_by_mode(mode) for mode in self.modes])
+        self.layers: Any = nn.ModuleList([_by_mode(mode) for mode in self.modes])
 
     def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
-        return torch.cat([layer(x, valid) for layer in self.layers], 1)
+        return torch.cat([layer._pool(x, valid) for layer in self.layers], 1)
 
     def extra_repr(self) -> str:
         shown = self.modes[0] if len(self.modes) == 1 else self.modes
