@@ -27,6 +27,8 @@ def command(*arguments: str, cwd: Path) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
+        for file in cwd.glob("*.py"):
+            patch.delitem(sys.modules, file.stem, raising=False)
         patch.setattr(sys, "argv", ["torchpool", *arguments])
         streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
         with streams[0], streams[1], pytest.raises(SystemExit) as end:
