@@ -49,10 +49,9 @@ class Plan(NamedTuple):
     `by_channel` and `by_window` say what the lanes of a vector are (else windows side by side),
     `is_leaf` whether windows are small and lie on contiguous rows, `is_large` whether they are
     large and may be reduced axis by axis, `block` rows of outputs at a time, `overlaps` whether
-    many windows share a row. `taps` is the size of
-    a window; `covers` outputs cover an element at most. `planes_each` is how many planes of `outer`
-    a channel has (0: channels are the fastest axis). A band is so many positions along the leading
-    axis.
+    many windows share a row. `taps` is the size of a window; `covers` outputs cover an element at
+    most. `planes_each` is how many planes of `outer` a channel has (0: channels are the fastest
+    axis). A band is so many positions along the leading axis.
     """
 
     geo: Any
