@@ -11,11 +11,10 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import machine, seconds
+from timing import arguments, machine, seconds, trained
 from torch import Tensor
 
 import torchpool as tp
@@ -67,18 +66,6 @@ REDUCTIONS: dict[str, Any] = {
 }
 
 
-def trained(call: Call) -> Call:
-    """Forward and backward; returns the gradient."""
-
-    def run(x: Tensor) -> Tensor:
-        leaf = x.detach().requires_grad_()
-        y = call(leaf)
-        (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
-        return grad
-
-    return run
-
-
 def compare(name: str, shape: tuple[int, int, int], train: bool) -> dict[str, Any]:
     """One row: milliseconds of each way, and whether all agreed."""
     samples, longest, channels = shape
@@ -125,12 +112,7 @@ def text(row: dict[str, Any]) -> str:
 
 def main(words: Sequence[str]) -> None:
     """Prints the table; with --json also writes it."""
-    words = list(words)
-    file = None
-    if "--json" in words:
-        at = words.index("--json")
-        file = Path(words[at + 1])
-        del words[at : at + 2]
+    words, file = arguments(words)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians, in turns")
     rows = []
     for shape in SHAPES:

@@ -11,12 +11,11 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import machine, seconds
+from timing import arguments, machine, seconds, trained
 from torch import Tensor, nn
 
 import torchpool as tp
@@ -175,18 +174,6 @@ ROWS: dict[str, tuple[Callable[[], nn.Module], ByHand]] = {
 """How each layer is built, and what is written by hand for it."""
 
 
-def trained(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Forward and backward; returns the gradient."""
-
-    def run(x: Tensor) -> Tensor:
-        leaf = x.detach().requires_grad_()
-        y = call(leaf)
-        (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
-        return grad
-
-    return run
-
-
 def compare(name: str, train: bool) -> dict[str, Any]:
     """One row: milliseconds of both ways, and whether they agreed."""
     torch.manual_seed(0)
@@ -220,12 +207,7 @@ def text(row: dict[str, Any]) -> str:
 
 def main(words: Sequence[str]) -> None:
     """Prints the table; with --json also writes it."""
-    words = list(words)
-    file = None
-    if "--json" in words:
-        at = words.index("--json")
-        file = Path(words[at + 1])
-        del words[at : at + 2]
+    words, file = arguments(words)
     shape = (SAMPLES, CHANNELS, LONGEST)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; x {shape}; medians")
     rows = []

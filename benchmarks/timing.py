@@ -7,9 +7,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import torchpool as tp
 
@@ -36,6 +38,31 @@ def seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
                 call()
             kept.append((time.perf_counter() - begin) / repeat)
     return [statistics.median(kept) for kept in times]
+
+
+def trained(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Forward and backward; returns the gradient."""
+
+    def run(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        y = call(leaf)
+        (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        return grad
+
+    return run
+
+
+def arguments(given: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The words that a row's name must contain, and the file of `--json FILE`."""
+    words = list(given)
+    if "--json" not in words:
+        return words, None
+    at = words.index("--json")
+    if at + 1 == len(words):
+        raise SystemExit("--json names no file; write --json FILE")
+    file = Path(words[at + 1])
+    del words[at : at + 2]
+    return words, file
 
 
 def machine() -> dict[str, Any]:
