@@ -17,7 +17,9 @@ from numba.extending import overload
 from torchpool.kernels.cpu.direct import walk
 from torchpool.kernels.cpu.lines import (
     advance,
+    count_of,
     count_row,
+    is_flat,
     lead_count,
     lines_ahead,
     most_rows,
@@ -25,6 +27,7 @@ from torchpool.kernels.cpu.lines import (
     share_of,
     split,
     taps_of,
+    window_levels,
     window_rows,
 )
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, STRIDE
@@ -48,12 +51,180 @@ from torchpool.kernels.cpu.simd import (
     lane_numbers,
     load,
     load_as,
+    load_first,
     odds,
     splat,
     store,
     store_first,
     width,
 )
+
+
+@njit(**INNER)
+def level(tag, x, at, step, found):
+    """As many columns as a vector has lanes, of `found` rows that lie `step` apart, merged."""
+    v = load(x, at)
+    if found == 3:
+        return merge3(tag, v, load(x, at + step), load(x, at + 2 * step))
+    if found == 2:
+        return merge(tag, v, load(x, at + step))
+    k = 1
+    while k + 1 < found:
+        v = merge3(tag, v, load(x, at + k * step), load(x, at + (k + 1) * step))
+        k += 2
+    if k < found:
+        v = merge(tag, v, load(x, at + k * step))
+    return v
+
+
+@njit(**APART)
+def gathered(tag, x, levels, count, first, step, found, at, size):
+    """`columns` element by element: at the ends of the memory."""
+    none = splat(x, identity(tag, x))
+    lanes = lane_numbers(none)
+    live = (lanes + at >= 0) & (lanes + at < size)
+    v = none
+    for i in range(count):
+        for k in range(found):
+            row = first + levels[i] + k * step
+            v = merge(tag, v, choose(live, gather(x, row + at, lanes, live), none))
+    return v
+
+
+@njit(**INNER)
+def columns(tag, x, rows, at, size):
+    """Columns `at .. at + lanes - 1` of all rows, merged; those outside hold what never wins."""
+    levels, count, first, step, found, is_inside = rows
+    if at >= size:
+        return splat(x, identity(tag, x))
+    if not is_inside:
+        return gathered(tag, x, levels, count, first, step, found, at, size)
+    v = level(tag, x, first + at, step, found)
+    for i in range(1, count):
+        v = merge(tag, v, level(tag, x, first + levels[i] + at, step, found))
+    if at < 0 or at + width(x) > size:
+        place = lane_numbers(v) + at
+        v = choose((place >= 0) & (place < size), v, splat(x, identity(tag, x)))
+    return v
+
+
+@njit(**INNER)
+def emit(y, at, o, outs, v, counts, scale, is_mean):
+    if is_mean:
+        v = over(v, counts, o, scale)
+    if o + width(y) <= outs:
+        store(y, at + o, v)
+    else:
+        store_first(y, at + o, v, outs - o)
+
+
+@njit(**INNER)
+def row_by_one(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines):
+    """One output row at stride 1."""
+    size, outs, kernel, before = geo[3, SIZE], geo[3, OUT], geo[3, KERNEL], geo[3, BEFORE]
+    lanes = width(x)
+    this = columns(tag, x, rows, -before, size)
+    for o in range(0, outs, lanes):
+        ahead = request(x, ahead, lines)
+        following = columns(tag, x, rows, o + lanes - before, size)
+        v = this
+        if kernel == 2:
+            v = merge(tag, v, after1(this, following))
+        elif kernel == 3:
+            v = merge3(tag, v, after1(this, following), after2(this, following))
+        emit(y, at, o, outs, v, counts, scale, is_mean)
+        this = following
+
+
+@njit(**INNER)
+def row_by_two(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines):
+    """One output row at stride 2."""
+    size, outs, kernel, before = geo[3, SIZE], geo[3, OUT], geo[3, KERNEL], geo[3, BEFORE]
+    lanes = width(x)
+    a = columns(tag, x, rows, -before, size)
+    b = columns(tag, x, rows, lanes - before, size)
+    for o in range(0, outs, lanes):
+        ahead = request(x, ahead, lines)
+        v, odd = evens(a, b), odds(a, b)
+        start = 2 * (o + lanes) - before
+        more = o + lanes < outs
+        if more or kernel > 2:
+            a = columns(tag, x, rows, start, size)
+        if more:
+            b = columns(tag, x, rows, start + lanes, size)
+        if kernel == 2:
+            v = merge(tag, v, odd)
+        elif kernel == 3:
+            v = merge3(tag, v, odd, after1(v, evens(a, b)))
+        emit(y, at, o, outs, v, counts, scale, is_mean)
+
+
+@njit(**INNER)
+def row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines):
+    if geo[3, STRIDE] == 1:
+        row_by_one(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines)
+    else:
+        row_by_two(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines)
+
+
+@njit(**APART)
+def row_at_the_end(tag, x, rows, y, at, geo, counts, scale, is_mean):
+    row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, 0, 0)
+
+
+@njit(**INNER)
+def reach(x, geo):
+    """Columns that `row_of` reads at most, from the beginning of a row."""
+    vectors = -(-geo[3, OUT] // width(x)) + 1
+    return vectors * width(x) * geo[3, STRIDE] - geo[3, BEFORE]
+
+
+@njit(**JIT)
+def leaf(begin, end, tag, x, y, geo, tab, column, fixed):
+    """Output rows `begin .. end - 1`. A mean divides by `fixed`, or where that is 0 by the count
+    table `column`; a `column` of -1 divides by nothing."""
+    size, outs, before = geo[3, SIZE], geo[3, OUT], geo[3, BEFORE]
+    rows_in, dilation, most = geo[2, SIZE], geo[2, DILATION], reach(x, geo)
+    step, is_single = dilation * size, is_flat(geo)
+    levels = np.zeros(most_rows(geo), np.int64)
+    o = np.empty(3, np.int64)
+    is_mean = column >= 0
+    by_count = is_mean and fixed == 0
+    counts = empty_buffer(x, outs + width(x))
+    number = counts.dtype.type
+    if is_mean:
+        count_row(counts, geo, tab, 1, column, fixed)
+    plane = split(begin, geo, OUT, o)
+    share, lines = share_of(x, y.size // outs, -(-outs // width(x)))
+    for unit in range(begin, end):
+        tap, last, start = taps_of(geo, tab, 2, o[2])
+        found, count, first, scale = last - tap, 1, plane, number(1)
+        if not is_single:
+            count, first = window_levels(geo, tab, o, plane, levels)
+            scale = number(lead_count(geo, tab, column, o) if by_count else 1)
+        elif by_count:
+            scale = number(count_of(geo, tab, 2, column, o[2]))
+        first = (first * rows_in + start + tap * dilation) * size
+        end_of = first + levels[count - 1] + (found - 1) * step + most
+        is_inside = found > 0 and count > 0 and first >= before and end_of <= x.size
+        ahead = np.int64(unit * share) + lines_ahead(x)
+        at = unit * outs
+        if not is_inside:
+            rows = (levels, count, first, step, found, False)
+            row_at_the_end(tag, x, rows, y, at, geo, counts, scale, is_mean)
+        elif found == 3 and count == 1:
+            rows = (levels, 1, first, step, 3, True)
+            row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines)
+        elif found == 2 and count == 1:
+            rows = (levels, 1, first, step, 2, True)
+            row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines)
+        else:
+            rows = (levels, count, first, step, found, True)
+            row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines)
+        plane = advance(geo, OUT, o, plane)
+
+
+# Channels last ------------------------------------------------------------------------------
 
 
 @njit(**INNER)
@@ -72,118 +243,6 @@ def whole(tag, x, rows, found, at):
     if k < found:
         v = merge(tag, v, load(x, rows[k] + at))
     return v
-
-
-@njit(**APART)
-def gathered(tag, x, rows, found, at, size):
-    """Columns of which some lie outside the row, element by element: at the ends of the memory."""
-    none = splat(x, identity(tag, x))
-    lanes = lane_numbers(none)
-    live = (lanes + at >= 0) & (lanes + at < size)
-    v = none
-    for k in range(found):
-        v = merge(tag, v, choose(live, gather(x, rows[k] + at, lanes, live), none))
-    return v
-
-
-@njit(**INNER)
-def columns(tag, x, rows, found, at, size):
-    """Columns `at .. at + lanes - 1` of all rows, merged; those outside hold what never wins."""
-    if at >= 0 and at + width(x) <= size and found > 0:
-        return whole(tag, x, rows, found, at)
-    none = splat(x, identity(tag, x))
-    if at >= size or at + width(x) <= 0 or found == 0:
-        return none
-    if rows[0] + at >= 0 and rows[found - 1] + at + width(x) <= x.size:
-        place = lane_numbers(none) + at
-        return choose((place >= 0) & (place < size), whole(tag, x, rows, found, at), none)
-    return gathered(tag, x, rows, found, at, size)
-
-
-@njit(**INNER)
-def emit(y, at, o, outs, v, counts, scale, is_mean):
-    if is_mean:
-        v = over(v, counts, o, scale)
-    if o + width(y) <= outs:
-        store(y, at + o, v)
-    else:
-        store_first(y, at + o, v, outs - o)
-
-
-@njit(**INNER)
-def row_by_one(tag, x, rows, found, y, at, geo, counts, scale, is_mean, ahead, lines):
-    """One output row at stride 1."""
-    size, outs, kernel, before = geo[3, SIZE], geo[3, OUT], geo[3, KERNEL], geo[3, BEFORE]
-    lanes = width(x)
-    this = columns(tag, x, rows, found, -before, size)
-    for o in range(0, outs, lanes):
-        ahead = request(x, ahead, lines)
-        following = columns(tag, x, rows, found, o + lanes - before, size) if kernel > 1 else this
-        v = this
-        if kernel == 2:
-            v = merge(tag, v, after1(this, following))
-        elif kernel == 3:
-            v = merge3(tag, v, after1(this, following), after2(this, following))
-        emit(y, at, o, outs, v, counts, scale, is_mean)
-        this = following if kernel > 1 else columns(tag, x, rows, found, o + lanes - before, size)
-
-
-@njit(**INNER)
-def row_by_two(tag, x, rows, found, y, at, geo, counts, scale, is_mean, ahead, lines):
-    """One output row at stride 2."""
-    size, outs, kernel, before = geo[3, SIZE], geo[3, OUT], geo[3, KERNEL], geo[3, BEFORE]
-    lanes = width(x)
-    a = columns(tag, x, rows, found, -before, size)
-    b = columns(tag, x, rows, found, lanes - before, size)
-    for o in range(0, outs, lanes):
-        ahead = request(x, ahead, lines)
-        v = evens(a, b)
-        if kernel > 1:
-            odd = odds(a, b)
-        start = 2 * (o + lanes) - before
-        more = o + lanes < outs
-        if more or kernel > 2:
-            a = columns(tag, x, rows, found, start, size)
-            b = columns(tag, x, rows, found, start + lanes, size)
-        if kernel == 2:
-            v = merge(tag, v, odd)
-        elif kernel == 3:
-            v = merge3(tag, v, odd, after1(v, evens(a, b)))
-        emit(y, at, o, outs, v, counts, scale, is_mean)
-
-
-@njit(**JIT)
-def leaf(begin, end, tag, x, y, geo, tab, column, fixed):
-    """Output rows `begin .. end - 1`. A mean divides by `fixed`, or where that is 0 by the count
-    table `column`; a `column` of -1 divides by nothing."""
-    size, outs = geo[3, SIZE], geo[3, OUT]
-    most = most_rows(geo)
-    rows, codes = np.empty(most, np.int64), np.empty(most, np.int64)
-    o = np.empty(3, np.int64)
-    is_mean = column >= 0
-    counts = empty_buffer(x, outs + width(x))
-    if is_mean:
-        count_row(counts, geo, tab, 1, column, fixed)
-    plane = split(begin, geo, OUT, o)
-    share, lines = share_of(x, y.size // outs, -(-outs // width(x)))
-    for unit in range(begin, end):
-        found = window_rows(geo, tab, o, plane, size, rows, codes)
-        ahead = np.int64(unit * share) + lines_ahead(x)
-        scale = counts.dtype.type(1)
-        if is_mean and fixed == 0:
-            scale = counts.dtype.type(lead_count(geo, tab, column, o))
-        if geo[3, STRIDE] == 1:
-            row_by_one(
-                tag, x, rows, found, y, unit * outs, geo, counts, scale, is_mean, ahead, lines
-            )
-        else:
-            row_by_two(
-                tag, x, rows, found, y, unit * outs, geo, counts, scale, is_mean, ahead, lines
-            )
-        plane = advance(geo, OUT, o, plane)
-
-
-# Channels last ------------------------------------------------------------------------------
 
 
 @njit(**INNER)
@@ -264,11 +323,23 @@ BLOCK = 2048
 
 
 @njit(**INNER)
+def within(tag, x, rows, found, at, size):
+    """`whole`, of which columns past the end hold what never wins."""
+    if found > 0 and at + width(x) <= size:
+        return whole(tag, x, rows, found, at)
+    none = splat(x, identity(tag, x))
+    v = none
+    for k in range(found):
+        v = merge(tag, v, load_first(x, rows[k] + at, size - at))
+    return choose(lane_numbers(v) < size - at, v, none)
+
+
+@njit(**INNER)
 def merge_few(tag, x, rows, found, begin, end, size, buffer, ahead, lines):
     """Columns `begin .. end - 1` of a few rows, merged, into the buffer."""
     for at in range(begin, end, width(x)):
         ahead = request(x, ahead, lines)
-        store(buffer, at, columns(tag, x, rows, found, at, size))
+        store(buffer, at, within(tag, x, rows, found, at, size))
     return ahead
 
 
@@ -282,7 +353,7 @@ def merge_pair(tag, x, rows, k, begin, end, size, buffer):
         store(buffer, at, merge3(tag, load_as(buffer, at, like), v, w))
         at += width(x)
     if at < end:
-        v = columns(tag, x, rows[k:], 2, at, size)
+        v = within(tag, x, rows[k:], 2, at, size)
         store(buffer, at, merge(tag, load_as(buffer, at, like), v))
 
 

@@ -20,7 +20,7 @@ from torchpool.kernels.cpu.plan import (
     STRIDE,
 )
 from torchpool.kernels.cpu.scalars import INNER
-from torchpool.kernels.cpu.simd import prefetch
+from torchpool.kernels.cpu.simd import per_line, prefetch
 
 
 @njit(**INNER)
@@ -101,6 +101,24 @@ def window_rows(geo, tab, o, plane, size, rows, codes):
 
 
 @njit(**INNER)
+def window_levels(geo, tab, o, plane, levels):
+    """The planes of the last two axes that windows reach into: how many, the first of them, and how
+    far each lies from the first, in elements, into `levels`."""
+    first0, end0, start0 = taps_of(geo, tab, 0, o[0])
+    first1, end1, start1 = taps_of(geo, tab, 1, o[1])
+    found, base = 0, np.int64(0)
+    for j0 in range(first0, end0):
+        i0 = plane * geo[0, SIZE] + start0 + j0 * geo[0, DILATION]
+        for j1 in range(first1, end1):
+            i1 = i0 * geo[1, SIZE] + start1 + j1 * geo[1, DILATION]
+            if found == 0:
+                base = i1
+            levels[found] = (i1 - base) * geo[2, SIZE] * geo[3, SIZE]
+            found += 1
+    return found, base
+
+
+@njit(**INNER)
 def covers_of(geo, tab, a, i):
     """Where the outputs that cover position `i` along axis `a` stand in the tables: begin, end."""
     if is_idle(geo, a):
@@ -168,12 +186,18 @@ def most_covers(geo, tab):
 
 
 @njit(**INNER)
+def count_of(geo, tab, a, column, o):
+    """Elements of window `o` along axis `a`, at least 1."""
+    return np.int64(1) if is_idle(geo, a) else max(1, tab[geo[a, column] + o])
+
+
+@njit(**INNER)
 def lead_count(geo, tab, column, o):
     """Elements of the windows of the row of outputs `o` along the leading axes, at least 1."""
     count = np.int64(1)
     for a in range(3):
-        count *= 1 if is_idle(geo, a) else tab[geo[a, column] + o[a]]
-    return max(1, count)
+        count *= count_of(geo, tab, a, column, o[a])
+    return count
 
 
 @njit(**INNER)
@@ -184,7 +208,7 @@ def count_row(counts, geo, tab, inner, column, fixed):
     for o in range(geo[3, OUT]):
         count = fixed
         if fixed == 0:
-            count = max(1, 1 if is_idle(geo, 3) else tab[geo[3, column] + o])
+            count = count_of(geo, tab, 3, column, o)
         for c in range(inner):
             counts[o * inner + c] = count
 
@@ -192,25 +216,24 @@ def count_row(counts, geo, tab, inner, column, fixed):
 # Asking for memory ahead of time: rows are read in an order that the hardware does not foresee, so
 # that a request for the bytes that come next in memory, in order, is worth a factor of two.
 
-AHEAD = 2560
-"""How far ahead, in bytes."""
-LINE = 64
-CACHED = 2 << 20
-"""Smaller inputs are taken to be in the cache."""
+AHEAD = 32
+"""How far ahead, in cache lines."""
+CACHED = 1 << 15
+"""Inputs of fewer lines are taken to be in the cache."""
 
 
 @njit(**INNER)
 def share_of(x, units, steps):
     """Elements of x for each unit of work, and lines to ask for in each of its steps."""
     share = x.size / max(1, units)
-    if x.size * x.itemsize < CACHED:
+    if x.size < CACHED * per_line(x):
         return share, np.int64(0)
-    return share, np.int64(np.ceil(share * x.itemsize / LINE / max(1, steps)))
+    return share, np.int64(np.ceil(share / per_line(x) / max(1, steps)))
 
 
 @njit(**INNER)
 def lines_ahead(x):
-    return AHEAD // x.itemsize
+    return AHEAD * per_line(x)
 
 
 @njit(**INNER)
@@ -218,5 +241,5 @@ def request(x, at, lines):
     """Asks for the next lines from element `at` on; returns where to go on."""
     for _ in range(lines):
         prefetch(x, at)
-        at += LINE // x.itemsize
+        at += per_line(x)
     return at

@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload, register_jitable
 
 from torchpool.kernels.cpu import simd
-from torchpool.kernels.cpu.parts import PartCompiler
+from torchpool.kernels.cpu.parts import KernelCompiler, PartCompiler
 from torchpool.kernels.cpu.simd import (
     Vector,
     choose,
@@ -46,7 +46,12 @@ APART: dict[str, Any] = {**INNER, "forceinline": False}
 COPYING: dict[str, Any] = {**APART, "_nrt": True}
 """The same for functions that copy parts of arrays or return one: Numba counts references."""
 
-JIT: dict[str, Any] = {"cache": True, **_COMMON}
+JIT: dict[str, Any] = {
+    **_COMMON,
+    "cache": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": KernelCompiler,
+}
 """Options of kernels."""
 
 

@@ -178,6 +178,20 @@ def _width(vector):
 
 # Memory -------------------------------------------------------------------------
 
+LINE = 64
+"""Bytes of a cache line."""
+
+
+def per_line(array: Any) -> int:
+    """How many elements of an array a cache line holds."""
+    raise NotImplementedError
+
+
+@overload(per_line)
+def _per_line(array):
+    count = LINE // _size(array.dtype)
+    return lambda array: count
+
 
 def _address(context: Any, builder: Any, kind: Any, array: Any, at: Any, count: Any) -> Any:
     """Where element `at` lies; `count` elements from there on are touched, and checked if bounds

@@ -19,7 +19,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from torchpool.kernels.cpu.direct import keep_state, put_lanes, scaled
-from torchpool.kernels.cpu.lines import LINE, count_row, is_idle, request
+from torchpool.kernels.cpu.lines import count_row, is_idle, request
 from torchpool.kernels.cpu.plan import BEFORE, FIRST, KERNEL, OUT, SIZE, STRIDE
 from torchpool.kernels.cpu.scalars import (
     APART,
@@ -40,6 +40,7 @@ from torchpool.kernels.cpu.simd import (
     load,
     load_as,
     load_first,
+    per_line,
     splat,
     store,
     width,
@@ -433,7 +434,7 @@ def sweep(begin, end, tag, x, y, state, geo, tab, inner, block, column, fixed):
         for r in range(low, high, chunk):
             some = min(chunk, high - r)
             source = (plane * geo[2, SIZE] + top + r) * in_size
-            request(x, source + some * in_size, some * in_size * x.itemsize // LINE + 1)
+            request(x, source + some * in_size, some * in_size // per_line(x) + 1)
             along(tag, x, source, some, buffer, codes, r * pitch, pitch, values, row_codes, span,
                   line, geo, tab, inner)  # fmt: skip
         to = (plane * geo[2, OUT] + first) * row_size
