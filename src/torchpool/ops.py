@@ -129,11 +129,14 @@ def select(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """`torchpool::select`, past the dispatcher where nothing there has anything to do."""
-    if _is_bare(x, mask, starts):
-        return _run_select(x, mask, starts, reduction, axes, save)
-    made: tuple[Tensor, Tensor] = torch.ops.torchpool.select(
-        x, mask, starts, reduction.spec, pack(axes), save
-    )
+    tensors = (x, mask, starts)
+    if not _is_plain(*tensors):
+        operator: Any = torch.ops.torchpool.select
+    elif _is_watched(*tensors):
+        operator = _Select.apply
+    else:
+        return _run_select(*tensors, reduction, axes, save)
+    made: tuple[Tensor, Tensor] = operator(*tensors, reduction.spec, pack(axes), save)
     return made
 
 
@@ -149,17 +152,32 @@ def accumulate(
 ) -> tuple[Tensor, Tensor]:
     """`torchpool::accumulate`, likewise."""
     tensors = (x, mask, weights, params, starts)
-    if _is_bare(*tensors):
+    if not _is_plain(*tensors):
+        operator: Any = torch.ops.torchpool.accumulate
+    elif _is_watched(*tensors):
+        operator = _Accumulate.apply
+    else:
         # A parameter as an operator gets it: None, as in every cached description.
         return _run_accumulate(*tensors, from_spec(reduction.spec), axes, save)
-    made: tuple[Tensor, Tensor] = torch.ops.torchpool.accumulate(
-        *tensors, reduction.spec, pack(axes), save
-    )
+    made: tuple[Tensor, Tensor] = operator(*tensors, reduction.spec, pack(axes), save)
     return made
 
 
-def _is_bare(*tensors: Tensor | None) -> bool:
-    """Whether no gradient, transform, mode, tracer or profiler asks for these tensors."""
+def _past_the_dispatcher(name: str, kernel: Any, count: int) -> Any:
+    """An operator of `count` tensors and more, called directly where nothing else has anything to
+    do."""
+    operator = getattr(torch.ops.torchpool, name)
+
+    def call(*args: Any) -> Any:
+        tensors = args[:count]
+        bare = _is_plain(*tensors) and not _is_watched(*tensors)
+        return kernel(*args) if bare else operator(*args)
+
+    return call
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether no transform, mode, tracer or profiler asks for these tensors."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -168,12 +186,12 @@ def _is_bare(*tensors: Tensor | None) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    watches = torch.is_grad_enabled()
-    return not any(
-        type(t) not in _PLAIN or t.is_neg() or (watches and t.requires_grad)
-        for t in tensors
-        if t is not None
-    )
+    return not any(type(t) not in _PLAIN or t.is_neg() for t in tensors if t is not None)
+
+
+def _is_watched(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -319,6 +337,10 @@ for _name, _kernel in {
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
+_call_select_backward = _past_the_dispatcher("select_backward", _select_backward, 3)
+_call_accumulate_backward = _past_the_dispatcher("accumulate_backward", _accumulate_backward, 7)
+
+
 # Fakes
 
 
@@ -410,7 +432,7 @@ def _select_grad(ctx: Any, grad: Tensor, _state: Any) -> tuple[Any, ...]:
             "torchpool::select was called with save=False, so it cannot "
             "be differentiated; call it through tp.pool"
         )
-    gx = torch.ops.torchpool.select_backward(grad, state, starts, ctx.axes)
+    gx = _call_select_backward(grad, state, starts, ctx.axes)
     # A window with no valid element points to its first element: that gets nothing.
     return gx if mask is None else gx.masked_fill(~mask, 0), None, None, None, None, None
 
@@ -454,7 +476,7 @@ def _accumulate_grad(ctx: Any, grad: Tensor, _stats: Any) -> tuple[Any, ...]:
         params is not None and ctx.needs_input_grad[3],
     ]
     stats = grad.new_empty(0, dtype=layout.compute_dtype(grad.dtype)) if stats is None else stats
-    gx, gw, gp = torch.ops.torchpool.accumulate_backward(
+    gx, gw, gp = _call_accumulate_backward(
         grad,
         x,
         mask,
@@ -526,6 +548,32 @@ def _accumulate_double_grad(ctx: Any, *outer: Any) -> tuple[Any, ...]:
         None,
         None,
     )
+
+
+class _Select(torch.autograd.Function):
+    """`torchpool::select` of plain tensors, which need no dispatcher on their way."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """See `select`."""
+        made = _select(*args)
+        _save_select(ctx, args, made)
+        return made
+
+    backward = staticmethod(_select_grad)
+
+
+class _Accumulate(torch.autograd.Function):
+    """`torchpool::accumulate`, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """See `accumulate`."""
+        made = _accumulate(*args)
+        _save_accumulate(ctx, args, made)
+        return made
+
+    backward = staticmethod(_accumulate_grad)
 
 
 torch.library.register_autograd(

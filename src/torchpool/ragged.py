@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 
-from torchpool.windows import Axis, Span, Windows
+from torchpool.windows import Axis, Global, Span, Windows
 
 PADDING_SIDES = ("right", "left")
 
@@ -49,9 +49,8 @@ def check_lengths(lengths: Any, size: int, device: torch.device, *, count: int |
         raise ValueError(f"lengths of shape {tuple(made.shape)} must have the shape {wanted}")
     if not is_readable(made):
         return made.clamp(0, size)
-    wrong = (made < 0) | (made > size)
-    if bool(wrong.any()):
-        sample = int(wrong.nonzero()[0])
+    if made.numel() and not 0 <= int(made.min()) <= int(made.max()) <= size:
+        sample = int(((made < 0) | (made > size)).nonzero()[0])
         raise ValueError(
             f"lengths[{sample}]={int(made[sample])} must lie in [0, {size}], "
             f"the elements along the axis"
@@ -204,6 +203,9 @@ def padded_table(
         outputs: room for windows; those that a sample does not have are empty, and stand on the
             side where its padding stands.
     """
+    if isinstance(windows, Global):
+        first = size - lengths if padding_side == "left" else lengths * 0
+        return Table(_runs(first, lengths)[:, None, None, None], Axis(size, 1, size, 1, 1, 0, 0))
     length = lengths.unsqueeze(-1)
     pooled = windows.pool_lengths(length)
     output = torch.arange(outputs, device=lengths.device)
@@ -226,6 +228,8 @@ def packed_table(windows: Windows, offsets: Tensor, size: int) -> tuple[Table, T
         offsets: int64 (N + 1,).
         size: packed rows.
     """
+    if isinstance(windows, Global):
+        return segment_table(offsets, size), torch.arange(offsets.shape[0], device=offsets.device)
     lengths = offsets.diff()
     made = torch.cat([offsets.new_zeros(1), windows.pool_lengths(lengths).cumsum(0)])
     outputs = _total(windows, made, size)
@@ -253,8 +257,13 @@ def _total(windows: Windows, made: Tensor, size: int) -> int:
 def segment_table(offsets: Tensor, size: int) -> Table:
     """One window per segment of packed rows."""
     count = offsets.diff()
-    table = torch.stack([offsets[:-1], count, torch.zeros_like(count)], -1)[None, None, None]
+    table = _runs(offsets[:-1], count)[None, None, None]
     return Table(table, Axis(size, count.shape[0], size, 1, 1, 0, 0))
+
+
+def _runs(first: Tensor, count: Tensor) -> Tensor:
+    """The rows of a table whose windows are runs of positions without padding."""
+    return torch.stack([first, count, count * 0], -1)
 
 
 # Jagged nested tensors and packed sequences ---------------------------------------------

@@ -32,10 +32,10 @@ from torchpool.kernels.cpu.lines import (
 )
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, STRIDE
 from torchpool.kernels.cpu.scalars import (
-    APART,
     COPYING,
     INNER,
     JIT,
+    SELDOM,
     empty_buffer,
     identity,
     merge,
@@ -77,7 +77,7 @@ def level(tag, x, at, step, found):
     return v
 
 
-@njit(**APART)
+@njit(**SELDOM)
 def gathered(tag, x, levels, count, first, step, found, at, size):
     """`columns` element by element: at the ends of the memory."""
     none = splat(x, identity(tag, x))
@@ -167,7 +167,7 @@ def row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines):
         row_by_two(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines)
 
 
-@njit(**APART)
+@njit(**SELDOM)
 def row_at_the_end(tag, x, rows, y, at, geo, counts, scale, is_mean):
     row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, 0, 0)
 

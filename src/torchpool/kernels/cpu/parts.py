@@ -14,32 +14,17 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 
 
-def _keep_short(module: Any, apart: bool) -> None:
-    """Asks LLVM not to unroll the loops of a module, and with `apart` not to copy its functions
-    into others."""
+def _keep_short(module: Any) -> None:
+    """Asks LLVM not to unroll the loops of a module."""
     once = module.add_metadata(["llvm.loop.unroll.disable"])
     loop = module.add_metadata([once])
     loop.operands = (loop, once)  # LLVM knows the names of loops by their naming themselves
     for function in module.functions:
-        if apart and function.blocks and "alwaysinline" not in function.attributes:
-            function.attributes.add("noinline")
         order = {block: i for i, block in enumerate(function.blocks)}
         for block, i in order.items():
             branch = block.terminator
             if any(order.get(target, i + 1) <= i for target in getattr(branch, "operands", ())):
                 branch.set_metadata("llvm.loop", loop)
-
-
-class _Kernel(JITCodeLibrary):
-    def add_ir_module(self, module: Any) -> None:
-        _keep_short(module, apart=False)
-        super().add_ir_module(module)
-
-    def _optimize_final_module(self) -> None:
-        options = {"loop_vectorize": False, "slp_vectorize": False}
-        passes, builder = self._codegen._module_pass_manager(**options)
-        with self._recorded_timings.record("Module passes", builder):
-            passes.run(self._final_module, builder)
 
 
 class _NoMachine:
@@ -55,7 +40,7 @@ class _Part(JITCodeLibrary):
     codegen = _NoMachine()
 
     def add_ir_module(self, module: Any) -> None:
-        _keep_short(module, apart=True)
+        _keep_short(module)
         super().add_ir_module(module)
 
     def get_pointer_to_function(self, name: str) -> int:
@@ -72,19 +57,66 @@ class _Part(JITCodeLibrary):
         self._finalized = True
 
 
+class _Apart(_Part):
+    """The same, of which no copies are made in the functions that call it."""
+
+    def add_ir_module(self, module: Any) -> None:
+        for function in module.functions:
+            if function.blocks:
+                function.attributes.add("noinline")
+        super().add_ir_module(module)
+
+
+class _Loop(_Part):
+    """The same of functions whose loops LLVM turns into vectors: simplified early."""
+
+    def _optimize_functions(self, module: Any) -> None:
+        JITCodeLibrary._optimize_functions(self, module)
+
+
+class _Kernel(JITCodeLibrary):
+    """What runs, optimised once: Numba does it twice to save counts of references, of which kernels
+    have but a handful."""
+
+    def add_ir_module(self, module: Any) -> None:
+        _keep_short(module)
+        super().add_ir_module(module)
+
+    def _optimize_final_module(self) -> None:
+        options = {"loop_vectorize": False, "slp_vectorize": False}
+        passes, builder = self._codegen._module_pass_manager(**options)
+        with self._recorded_timings.record("Module passes", builder):
+            passes.run(self._final_module, builder)
+
+
 class PartCompiler(CompilerBase):
     """Numba's usual compiler, with another end."""
 
+    library: Any = _Part
+
     def define_pipelines(self) -> list[Any]:
-        self.state.library = _Part(self.state.targetctx.codegen(), "part")
+        self.state.library = self.library(self.state.targetctx.codegen(), "part")
         return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
 
 
+class ApartCompiler(PartCompiler):
+    """The same for functions that stay apart."""
+
+    library = _Apart
+
+
+class LoopCompiler(PartCompiler):
+    """The same for functions that are loops over single numbers."""
+
+    library = _Loop
+
+
 class KernelCompiler(CompilerBase):
-    """Numba's usual compiler, of short loops."""
+    """Numba's usual compiler, for kernels of explicit vectors: no two of their arrays share memory
+    that they write."""
 
     def define_pipelines(self) -> list[Any]:
-        self.state.flags.noalias = True  # no two arrays of a kernel share memory that it writes
+        self.state.flags.noalias = True
         name = self.state.func_id.func_qualname
         self.state.library = _Kernel(self.state.targetctx.codegen(), name)
         self.state.library.enable_object_caching()

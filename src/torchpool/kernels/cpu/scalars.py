@@ -16,7 +16,12 @@ from numba import njit, types
 from numba.extending import intrinsic, overload, register_jitable
 
 from torchpool.kernels.cpu import simd
-from torchpool.kernels.cpu.parts import KernelCompiler, PartCompiler
+from torchpool.kernels.cpu.parts import (
+    ApartCompiler,
+    KernelCompiler,
+    LoopCompiler,
+    PartCompiler,
+)
 from torchpool.kernels.cpu.simd import (
     Vector,
     choose,
@@ -43,8 +48,14 @@ the kernel that holds them. They allocate nothing, so that arrays need not be co
 APART: dict[str, Any] = {**INNER, "forceinline": False}
 """The same for long functions that are called seldom, or from several places."""
 
+SELDOM: dict[str, Any] = {**APART, "pipeline_class": ApartCompiler}
+"""The same for functions that are hardly ever called: no copies are made of them."""
+
 COPYING: dict[str, Any] = {**APART, "_nrt": True}
 """The same for functions that copy parts of arrays or return one: Numba counts references."""
+
+LOOPS: dict[str, Any] = {**COPYING, "pipeline_class": LoopCompiler}
+"""The same for functions whose loops LLVM is to turn into vectors."""
 
 JIT: dict[str, Any] = {
     **_COMMON,
@@ -53,6 +64,9 @@ JIT: dict[str, Any] = {
     "pipeline_class": KernelCompiler,
 }
 """Options of kernels."""
+
+JIT_LOOPS: dict[str, Any] = {"cache": True, "no_cfunc_wrapper": True, **_COMMON}
+"""Options of kernels whose loops LLVM is to turn into vectors."""
 
 
 inlined: Any = partial(overload, jit_options=INNER)  # type: ignore[arg-type]

@@ -35,8 +35,8 @@ from torchpool.kernels.cpu.formulas import (
     trimmed,
 )
 from torchpool.kernels.cpu.scalars import (
-    COPYING,
-    JIT,
+    JIT_LOOPS,
+    LOOPS,
     Largest,
     Smallest,
     beats,
@@ -68,7 +68,7 @@ _LARGEST, _SMALLEST = Largest(), Smallest()
 # Pieces of work -------------------------------------------------------------
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def fetch(t, x, at, taps, step, width):
     """`taps` rows of `width` elements, `step` apart, side by side. Nothing where x is empty: the
     lanes then stay 0."""
@@ -94,20 +94,20 @@ S0, S1, S2, S3, D0, D1, D2, D3 = (U(ROOM * k) for k in range(7, 15))
 ROWS = 15
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def fill(b, row, m, value):
     for i in range(U(m)):
         b[row + i] = value
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def repeat(b, row, width, times):
     """Copies the first `width` lanes `times` - 1 times behind themselves."""
     for i in range(U(width), U(width * times)):
         b[row + i] = b[row + i - U(width)]
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def fold(b, row, width, times):
     """Adds `times` groups of lanes up into the first."""
     for r in range(1, times):
@@ -115,7 +115,7 @@ def fold(b, row, width, times):
             b[row + i] += b[row + U(r * width) + i]
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def take(b, row, source, at, width, times):
     """Reads the first `width` lanes of a row and repeats them."""
     for i in range(U(width)):
@@ -123,7 +123,7 @@ def take(b, row, source, at, width, times):
     repeat(b, row, width, times)
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def parameters(b, params, plane, channels, inner, begin, width, times):
     """The parameter of each lane."""
     if params.size == 1:
@@ -137,7 +137,7 @@ def parameters(b, params, plane, channels, inner, begin, width, times):
 # Formulas over lanes ----------------------------------------------------------
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def raise_anchor(tag, b, m, plain):
     for i in range(U(m)):
         k = key(tag, b[TAP + i], b[PARAM + i])
@@ -145,7 +145,7 @@ def raise_anchor(tag, b, m, plain):
         b[ANCHOR + i] = k if wins else b[ANCHOR + i]
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def add_mean(b, m, plain):
     if plain:
         for i in range(U(m)):
@@ -157,7 +157,7 @@ def add_mean(b, m, plain):
         b[COUNT + i] += w
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def add_lift_of(tag, b, x, at, m):
     """As `add_lift`, of elements that lie side by side in x and have no weights."""
     for i in range(U(m)):
@@ -171,7 +171,7 @@ def add_lift_of(tag, b, x, at, m):
             b[S3 + i] += l3
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def add_lift(tag, b, m, plain):
     if plain:
         for i in range(U(m)):
@@ -198,7 +198,7 @@ def add_lift(tag, b, m, plain):
         b[COUNT + i] += w
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def chain(tag, b, i, l0, l1, l2, l3):
     """Sum over k of dL/ds_k times the k-th term."""
     total = b[D0 + i] * l0
@@ -211,7 +211,7 @@ def chain(tag, b, i, l0, l1, l2, l3):
     return total
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def add_lift_dp(tag, b, m, plain):
     for i in range(U(m)):
         l0, l1, l2, l3 = padded(lift_dp(tag, b[TAP + i], b[ANCHOR + i], b[PARAM + i]))
@@ -220,7 +220,7 @@ def add_lift_dp(tag, b, m, plain):
         b[S0 + i] += sent if plain else (w * sent if w != 0 else w)
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def send_dx(tag, b, m, plain):
     """What a window sends to the elements of its taps."""
     if plain:
@@ -234,7 +234,7 @@ def send_dx(tag, b, m, plain):
         b[SENT + i] = w * chain(tag, b, i, l0, l1, l2, l3) if w != 0 else w
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def send_dw(tag, b, m):
     """What a window sends to the weights of its taps."""
     zero = b.dtype.type(0)
@@ -244,7 +244,7 @@ def send_dw(tag, b, m):
         b[SENT + i] = sent if b[WEIGHT + i] != 0 else zero
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def deliver(out, at, b, m, fresh):
     """Adds what was sent; `fresh` elements have got nothing yet."""
     if fresh:
@@ -258,7 +258,7 @@ def deliver(out, at, b, m, fresh):
 # Accumulation, forward ----------------------------------------------------------
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def sweep(goal, tag, b, x, weights, at, count, step, width, group):
     """Visits all taps of a window, `group` rows at a time: 0 raises the anchor, 1 sums for the
     mean, 2 sums lifts, 3 sums what the parameter gets."""
@@ -282,7 +282,7 @@ def sweep(goal, tag, b, x, weights, at, count, step, width, group):
             add_lift_dp(tag, b, m, plain)
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def clear_sums(tag, b, m):
     zero = b.dtype.type(0)
     fill(b, COUNT, m, zero)
@@ -290,14 +290,14 @@ def clear_sums(tag, b, m):
         fill(b, S0 + U(k * ROOM), m, zero)
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def divide_anchor(b, m):
     for i in range(U(m)):
         n = b[COUNT + i]
         b[ANCHOR + i] = b[ANCHOR + i] / n if n != 0 else b[ANCHOR + i]
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def reduce_window(tag, b, x, weights, at, count, step, width, group):
     """Anchor, sums and n of one window, in the first `width` lanes."""
     number = b.dtype.type
@@ -331,7 +331,7 @@ def reduce_window(tag, b, x, weights, at, count, step, width, group):
         fill(b, COUNT, width, number(count))
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def end_window(tag, b, y, stats, at, width, step, extra, divisor):
     """Writes values and statistics of `width` lanes; n is -inf where the window is empty."""
     number = y.dtype.type
@@ -351,7 +351,7 @@ def end_window(tag, b, y, stats, at, width, step, extra, divisor):
             stats[(num_sums(tag) + 1) * step + at + k] = none if is_empty else counted
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def empty_window(tag, y, stats, at, width, step):
     for i in range(width):
         y[at + i] = 0
@@ -361,7 +361,7 @@ def empty_window(tag, y, stats, at, width, step):
             stats[(num_sums(tag) + 1) * step + at + i] = -np.inf
 
 
-@njit(**JIT)
+@njit(**JIT_LOOPS)
 def forward(
     begin, end, tag, x, weights, params, y, stats, table, size, inner, channels, step, group,
     divisor,
@@ -388,7 +388,7 @@ def forward(
         end_window(tag, b, y, stats, at, m, y.size, extra, divisor)
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def tap_lanes(b, x, weights, base, table, j, step):
     """Tap j of several windows, one lane each. Returns whether every window has it, with weight
     1."""
@@ -406,7 +406,7 @@ def tap_lanes(b, x, weights, base, table, j, step):
     return whole
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def count_tap(b, m, plain):
     """Counts a tap that every lane has."""
     if plain:
@@ -415,7 +415,7 @@ def count_tap(b, m, plain):
             b[COUNT + i] += one
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def reduce_short(tag, b, x, weights, base, table, step, longest):
     """Anchors, sums and n of short windows, one lane each."""
     number = b.dtype.type
@@ -438,7 +438,7 @@ def reduce_short(tag, b, x, weights, base, table, step, longest):
         count_tap(b, m, plain)
 
 
-@njit(**JIT)
+@njit(**JIT_LOOPS)
 def forward_planes(
     begin, end, tag, x, weights, params, y, stats, table, size, channels, step, divisor, per
 ):
@@ -468,7 +468,7 @@ def forward_planes(
 # Accumulation, backward ---------------------------------------------------------
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def window_share(tag, b, share, stats, params, at, total, plane, channels, inner, c, width, used):
     """Coefficients, anchor, dL/dn and parameter of a window in lanes."""
     slots = num_sums(tag)
@@ -481,7 +481,7 @@ def window_share(tag, b, share, stats, params, at, total, plane, channels, inner
         parameters(b, params, plane, channels, inner, c, width, used)
 
 
-@njit(**JIT)
+@njit(**JIT_LOOPS)
 def parameter_sums(
     begin, end, tag, x, weights, params, stats, share, by_p, table, size, inner, channels,
     step, group, per,
@@ -515,7 +515,7 @@ def parameter_sums(
             by_p[at + i] = b[S0 + U(i)]
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def send_rows(tag, b, x, weights, gx, gw, at, taps, step, width, group, fresh):
     """Sends a window's share to `taps` rows of `width` elements from `at` on, `step` apart."""
     plain = weights.size == 0
@@ -534,7 +534,7 @@ def send_rows(tag, b, x, weights, gx, gw, at, taps, step, width, group, fresh):
             deliver(gw, here, b, m, fresh)
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def clear(out, plane, size, inner, c, width, begin, end):
     """Zeros in some inner elements of the rows `begin` to `end` - 1."""
     if out.size and end > begin:
@@ -546,7 +546,7 @@ def clear(out, plane, size, inner, c, width, begin, end):
             out[at : at + width] = 0
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def backward_block(
     tag, b, x, weights, params, stats, share, gx, gw, rows, size, inner, channels, step, group,
     plane, low, high, c, width,
@@ -588,7 +588,7 @@ def backward_block(
     clear(gw, plane, size, inner, c, width, done, high)
 
 
-@njit(**JIT)
+@njit(**JIT_LOOPS)
 def backward(
     begin, end, tag, x, weights, params, stats, share, gx, gw, table, size, inner, channels,
     step, group, per, blocks,
@@ -611,7 +611,7 @@ def backward(
 # Selection ------------------------------------------------------------------------
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def better(tag, value, where, best, held):
     """Whether a candidate wins over another of any place: NaN above all and the last of them, then
     the best, then the first of equals."""
@@ -626,7 +626,7 @@ def better(tag, value, where, best, held):
     return beats(tag, value, best) or (where < held and not beats(tag, best, value))
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def choose(tag, best, held, t, live, j, width):
     """Later candidates against the best so far; lane i holds tap `j + i // width`."""
     if live.size:
@@ -646,13 +646,13 @@ def choose(tag, best, held, t, live, j, width):
             held[i] = np.int32(j + i // width) if wins else held[i]
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def merge_lanes(tag, best, t):
     for i in range(t.size):
         best[i] = merge(tag, best[i], t[i])
 
 
-@njit(**COPYING)
+@njit(**LOOPS)
 def select_window(tag, best, held, t, x, mask, live, at, count, step, width, group, places):
     """The winner of one window in the first `width` lanes, with its place where `places` or under a
     mask."""
@@ -681,7 +681,7 @@ def select_window(tag, best, held, t, x, mask, live, at, count, step, width, gro
                 best[i], held[i] = best[k], held[k]
 
 
-@njit(**JIT)
+@njit(**JIT_LOOPS)
 def select_windows(begin, end, tag, x, mask, y, state, table, size, inner, step, group, per):
     """One unit per window and block of inner elements."""
     width, blocks = min(inner, ROOM), (inner + ROOM - 1) // ROOM
@@ -709,7 +709,7 @@ def select_windows(begin, end, tag, x, mask, y, state, table, size, inner, step,
                 state[at + i] = max(held[i], np.int32(0))
 
 
-@njit(**JIT)
+@njit(**JIT_LOOPS)
 def scatter(begin, end, grad, state, gx, table, size, inner, step, per, blocks):
     """One unit per plane and block of rows: each winner gets its windows' gradients."""
     outs = table.shape[1]

@@ -13,7 +13,7 @@ import torch
 
 from torchpool.kernels.cpu import shares
 
-PARALLEL_BYTES = 1 << 19
+PARALLEL_BYTES = 1 << 20
 """Bytes of traffic below which waking a second thread costs more than it saves."""
 
 config: Any = numba.config  # numba fills it in while it is imported
