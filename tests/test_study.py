@@ -298,10 +298,11 @@ def test_an_interrupted_study_loses_nothing(tmp_path):
 
 
 def test_an_interruption_is_noted_where_python_drops_it():
+    before = signal.getsignal(signal.SIGINT)
     with experiment._interruptions() as noted, contextlib.suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert noted == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_trial_that_another_process_has_finished_meanwhile(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,9 +16,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torchpool import ops, ragged, small
 from torchpool.kernels import layout, lowering, reference
-from torchpool.reductions import Accumulation, Lp, Max, Mean, Reduction, Selection, Sum
+from torchpool.reductions import Accumulation, Lp, Max, Mean, Min, Reduction, Selection, Sum
 from torchpool.unpool import max_unpool1d, max_unpool2d, max_unpool3d
-from torchpool.windows import Adaptive, Axis, Fractional, Size, Window, Windows
+from torchpool.windows import Adaptive, Axis, Fractional, Global, Size, Window, Windows
 
 __all__ = [
     "Explanation",
@@ -120,12 +121,59 @@ def pool(
     if lengths is not None or offsets is not None or ragged.is_ragged(x):
         options = (dims, mask, weights, return_indices, fill)
         return _pool_ragged(x, reduction, windows, lengths, padding_side, offsets, options)
+    if mask is None and weights is None and fill == 0 and not return_indices:
+        call = _ready(x, reduction, windows, dims)
+        if call is not None:
+            return call(x)
     case = _case(x, reduction, windows, dims, mask, weights, return_indices)
     y, indices = _run(case, return_indices)
     if fill != 0:
         y = _fill(y, case, fill)
     y = case.view.restore(y)
     return (y, case.view.restore(indices)) if return_indices else y
+
+
+# Calls that were made before
+
+_REPEATED: tuple[Any, ...] = (Max, Min, Sum, Mean, Window, Adaptive, Global)
+"""Reductions without a parameter that could change, and windows."""
+
+
+def _ready(x: Any, reduction: Any, windows: Any, dims: Any) -> Any:
+    """A call of `pool` for the values of a plain tensor on the CPU, as a function of x; None where
+    it needs more than that."""
+    if (
+        type(reduction) not in _REPEATED
+        or type(windows) not in _REPEATED
+        or (dims is not None and type(dims) is not range)
+        or not isinstance(x, Tensor)
+        or not x.is_cpu
+        or not ops.is_bare(x)
+        or forward_ad._current_level >= 0
+        or os.environ.get("TORCHPOOL_BACKEND")
+    ):
+        return None
+    return _ready_call(reduction, windows, dims, x.shape, x.stride(), x.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _ready_call(
+    reduction: Any,
+    windows: Any,
+    dims: Any,
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Any:
+    like = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    case = _case(like, reduction, windows, dims, None, None, False)
+    if case.x.dtype != dtype or case.starts is not None:
+        return None
+    call = ops.ready(case.x, reduction, case.axes)
+    view = case.view
+    if call is None or view.is_canonical:
+        return call
+    return lambda x: view.restore(call(view.canonical(x)))
 
 
 # Samples of different lengths
@@ -786,6 +834,20 @@ def _window(
     d: int, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> Window:
     """A window with torch's limits: symmetric padding, at most half the (dilated) kernel."""
+    numbers = (kernel, stride, padding, dilation)
+    if all(type(number) is int for number in numbers):
+        return _known_window(d, *numbers, bool(ceil_mode))
+    return _checked_window(d, *numbers, ceil_mode)
+
+
+@lru_cache(maxsize=1024)
+def _known_window(*arguments: Any) -> Window:
+    return _checked_window(*arguments)
+
+
+def _checked_window(
+    d: int, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> Window:
     kernel, padding, dilation = (
         _ints(kernel, d, "kernel_size"),
         _ints(padding, d, "padding"),

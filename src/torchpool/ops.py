@@ -163,6 +163,21 @@ def accumulate(
     return made
 
 
+def is_bare(x: Tensor) -> bool:
+    """Whether nothing but its values is asked of a tensor: no gradient, no transform."""
+    return _is_plain(x) and not _is_watched(x)
+
+
+def ready(x: Tensor, reduction: Selection | Accumulation, axes: tuple[Axis, ...]) -> Any:
+    """The values of all windows as a function of tensors like x on the CPU, prepared once; None
+    where the backend prepares nothing."""
+    operation = "select" if isinstance(reduction, Selection) else "accumulate"
+    others = (None,) * (2 if operation == "select" else 3)
+    backend = _backend(operation, torch.device("cpu"), x, *others, reduction, axes)
+    prepare = getattr(backend, "ready", None)
+    return None if prepare is None else prepare(x, reduction, axes)
+
+
 def _past_the_dispatcher(name: str, kernel: Any, count: int) -> Any:
     """An operator of `count` tensors and more, called directly where nothing else has anything to
     do."""

@@ -7,8 +7,9 @@ large windows to `sweep`, everything else forward to `direct`, and all gradients
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -134,26 +135,79 @@ def _merge(
     """Values of windows that are merged, and the offsets of the winners into `state`."""
     last = layout.is_channels_last(x)
     traffic = x.nbytes + y.nbytes
-    arrays = (_flat(x, last), _flat(y, last))
-    geometry = (plan.geo, plan.tab)
-    bare, wide = state is None and mask is None, plan.inner * x.element_size() >= _VECTOR
-    if plan.is_leaf and bare:
-        threads.run(leaf.leaf, plan.rows_out, traffic, tag, *arrays, *geometry, column, divisor)
-    elif wide and bare and plan.taps <= plans.LARGE:
-        options: tuple[Any, ...] = (plan.inner, column, divisor)
-        threads.run(leaf.channels, plan.rows_out, traffic, tag, *arrays, *geometry, *options)
-    elif bare and not (plan.is_large and plan.overlaps):
-        options = (plan.inner, column, divisor)
-        threads.run(
-            leaf.merged, plan.rows_out, traffic, _way(plan), tag, *arrays, *geometry, *options
-        )
+    if state is None and mask is None:
+        job = _values(tag, x, column, divisor, plan)
+        threads.run(job.kernel, job.units, traffic, *job.arguments(_flat(x, last), _flat(y, last)))
     elif plan.is_large and mask is None:
-        units = plan.outer * -(-int(plan.geo[2, plans.OUT]) // plan.block)
-        kept = None if state is None else _flat(state, last)
-        options = (plan.inner, plan.block, column, divisor)
-        threads.run(sweep.sweep, units, traffic, tag, *arrays, kept, *geometry, *options)
+        assert state is not None
+        arrays = (_flat(x, last), _flat(y, last), _flat(state, last))
+        job = _large(tag, column, divisor, plan)
+        threads.run(job.kernel, job.units, traffic, *job.arguments(*arrays))
     else:
         _merge_directly(tag, x, mask, y, state, column, divisor, plan, traffic)
+
+
+class _Job(NamedTuple):
+    """A kernel, how many pieces of work it has, and its arguments for given arrays."""
+
+    kernel: Any
+    units: int
+    arguments: Callable[..., tuple[Any, ...]]
+
+
+def _values(tag: Any, x: Tensor, column: int, divisor: float, plan: Plan) -> _Job:
+    """Which kernel makes the values of all windows of tensors like x; its arrays are x and y."""
+    geometry, ends = (plan.geo, plan.tab), (column, divisor)
+    if plan.is_leaf:
+        return _Job(leaf.leaf, plan.rows_out, lambda x, y: (tag, x, y, *geometry, *ends))
+    if plan.inner * x.element_size() >= _VECTOR and plan.taps <= plans.LARGE:
+        return _Job(
+            leaf.channels, plan.rows_out, lambda x, y: (tag, x, y, *geometry, plan.inner, *ends)
+        )
+    way = _way(plan)
+    if not (plan.is_large and plan.overlaps):
+        return _Job(
+            leaf.merged, plan.rows_out, lambda x, y: (way, tag, x, y, *geometry, plan.inner, *ends)
+        )
+    large = _large(tag, column, divisor, plan)
+    return large._replace(arguments=lambda x, y: large.arguments(x, y, None))
+
+
+def _large(tag: Any, column: int, divisor: float, plan: Plan) -> _Job:
+    """The kernel of large windows; its arrays are x, y, and the offsets of the winners or None."""
+    options = (plan.geo, plan.tab, plan.inner, plan.block, column, divisor)
+    units = plan.outer * -(-int(plan.geo[2, plans.OUT]) // plan.block)
+    return _Job(sweep.sweep, units, lambda x, y, state: (tag, x, y, state, *options))
+
+
+def ready(
+    like: Tensor, reduction: Selection | Accumulation, axes: Sequence[Axis]
+) -> Callable[[Tensor], Tensor] | None:
+    """The values of all windows, as a function of tensors like the given one: same shape, strides
+    and dtype. What does not depend on the elements is worked out once. None where that is not
+    worth it."""
+    last, outs = layout.is_channels_last(like), [axis.out_size for axis in axes]
+    selects = isinstance(reduction, Selection)
+    dense = last or like.is_contiguous()
+    if not dense or not like.numel() or not (selects or like.dtype.is_floating_point):
+        return None
+    plan = _plan(like, axes, True)
+    if isinstance(reduction, Selection):
+        job = _values(_LARGEST if reduction.largest else _SMALLEST, like, -1, 0.0, plan)
+    else:
+        job = _values(_TOTAL, like, *_divisor(reduction), plan)
+    clears = selects and plan.has_empty
+    count = like.shape[0] * like.shape[1] * math.prod(outs)
+    traffic = (like.numel() + count) * like.element_size()
+
+    def call(x: Tensor) -> Tensor:
+        y = in_large_pages(layout.empty_like(x, outs))
+        threads.run(job.kernel, job.units, traffic, *job.arguments(_flat(x, last), _flat(y, last)))
+        if clears:
+            _clear_empty(y, axes)
+        return y
+
+    return call if count else None
 
 
 def _merge_directly(

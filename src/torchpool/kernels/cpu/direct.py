@@ -60,6 +60,7 @@ from torchpool.kernels.cpu.scalars import (
     identity,
     inlined,
     merge,
+    merge3,
     over,
 )
 from torchpool.kernels.cpu.simd import (
@@ -67,14 +68,18 @@ from torchpool.kernels.cpu.simd import (
     codes_as,
     evens,
     gather,
+    highs,
     lane,
     lane_numbers,
+    load,
     load_as,
     load_first,
+    lows,
     splat,
     splat_as,
     store,
     store_first,
+    thirds,
     turned,
     width,
     with_lane,
@@ -363,8 +368,14 @@ def strided(x, at, stride, like):
     """As many elements as `like` has lanes, `stride` apart; reads up to `stride * lanes`."""
     if stride == 1:
         return load_as(x, at, like)
+    a, b = load_as(x, at, like), load_as(x, at + width(like), like)
     if stride == 2:
-        return evens(load_as(x, at, like), load_as(x, at + width(like), like))
+        return evens(a, b)
+    if stride <= 4:
+        c = load_as(x, at + 2 * width(like), like)
+        if stride == 3:
+            return thirds(a, b, c)
+        return evens(evens(a, b), evens(c, load_as(x, at + 3 * width(like), like)))
     lanes = lane_numbers(like)
     return gather(x, at, lanes * stride, lanes >= 0)
 
@@ -433,25 +444,45 @@ def visit_inner(goal, tag, held, x, weights, rows, codes, found, window, c, coun
 @njit(**INNER)
 def visit_window(goal, tag, held, x, weights, rows, codes, found, window, a, p):
     """All elements of one window, several of a row at a time."""
-    first, end, start, step = window
+    first, end, start = window
     like = splat(x, 0)
     numbers = lane_numbers(like)
     for k in range(found):
         for j in range(first, end, width(like)):
-            at = rows[k] + start + j * step
-            if j + width(like) <= end and step == 1:
+            at = rows[k] + start + j
+            if j + width(like) <= end:
                 t, w = load_as(x, at, like), weights_at(weights, at, 1, like)
                 held = take(goal, tag, held, t, w, None, numbers + (codes[k] + j), a, p)
-            elif step == 1 and weights is None:
+            elif weights is None:
                 t, live = load_first(x, at, end - j), numbers < end - j
                 held = take(goal, tag, held, t, None, live, numbers + (codes[k] + j), a, p)
             else:
                 live = numbers < end - j
                 held = take_edge(
-                    goal, tag, held, x, weights, at, numbers * step, live,
-                    numbers + (codes[k] + j), a, p,
-                )  # fmt: skip
+                    goal, tag, held, x, weights, at, numbers, live, numbers + (codes[k] + j), a, p
+                )
     return held
+
+
+@njit(**INNER)
+def merge_window(tag, v, x, rows, found, window):
+    """All elements of one window, merged into the lanes of v: four vectors at a time, so that the
+    next four need not wait for each of them."""
+    first, end, start = window
+    lanes = width(v)
+    for k in range(found):
+        at, stop = rows[k] + start + first, rows[k] + start + end
+        while at + 4 * lanes <= stop:
+            t = merge3(tag, load(x, at), load(x, at + lanes), load(x, at + 2 * lanes))
+            v = merge3(tag, v, t, load(x, at + 3 * lanes))
+            at += 4 * lanes
+        while at + lanes <= stop:
+            v = merge(tag, v, load(x, at))
+            at += lanes
+        if at < stop:
+            live = lane_numbers(v) < stop - at
+            v = choose(live, merge(tag, v, load_first(x, at, stop - at)), v)
+    return v
 
 
 # From lanes to one window ------------------------------------------------------------
@@ -584,7 +615,6 @@ class Whole(NamedTuple):
     first: int
     end: int
     start: int
-    step: int
 
 
 def visit(
@@ -879,12 +909,65 @@ def row_of_windows(tag, x, weights, params, row, y, state, at, lines, geo, tab, 
         for i in range(count):
             ahead = request(x, ahead, ask)
             first, end, start = taps_of(geo, tab, 3, o + i)
-            place = Whole(first, end, start, geo[3, DILATION])
+            place = Whole(first, end, start)
             found = solve(place, tag, x, weights, lines, state, geo, p, pads, o + i, fixed, is_mean)
             v, kept = with_window(lanes == i, found, (v, kept))
         write(y, state, at + o, v, kept, count, counts, o, scale, tag, is_mean)
 
 
+@njit(**INNER)
+def merge_windows(tag, x, rows, found, kernel, start, stride, b):
+    """As many windows as a vector has lanes, a lane each: halves of vectors are merged until one
+    lane is left of each window. `b` is room for as many vectors."""
+    lanes = width(x)
+    half = lanes // 2
+    none = splat(x, identity(tag, x))
+    for i in range(half):
+        v = merge_window(tag, none, x, rows, found, (0, kernel, start + i * stride))
+        w = merge_window(tag, none, x, rows, found, (0, kernel, start + (i + half) * stride))
+        if lanes == 16:
+            v = merge(tag, lows(v, w, 8), highs(v, w, 8))
+        else:
+            v = merge(tag, lows(v, w, 4), highs(v, w, 4))
+        store(b, i * lanes, v)
+    if lanes == 16:
+        for i in range(4):
+            v, w = load(b, i * lanes), load(b, (i + 4) * lanes)
+            store(b, i * lanes, merge(tag, lows(v, w, 4), highs(v, w, 4)))
+    for i in range(2):
+        v, w = load(b, i * lanes), load(b, (i + 2) * lanes)
+        store(b, i * lanes, merge(tag, lows(v, w, 2), highs(v, w, 2)))
+    v, w = load(b, 0), load(b, lanes)
+    return merge(tag, lows(v, w, 1), highs(v, w, 1))
+
+
+@njit(**INNER)
+def row_of_values(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
+                  ahead, ask):  # fmt: skip
+    """`row_of_windows` of values alone; `row` is room for as many vectors as they have lanes."""
+    rows, _, found = lines
+    _, counts, scale, _, is_mean = means
+    kernel, stride, outs = geo[3, KERNEL], geo[3, STRIDE], geo[3, OUT]
+    none = splat(x, identity(tag, x))
+    lanes = width(x)
+    ask = ask if ask <= STREAM else 0
+    for o in range(0, outs, lanes):
+        count = min(lanes, outs - o)
+        ahead = request(x, ahead, ask * count)
+        if lanes <= 16 and kernel <= SHORT * lanes and geo[3, LO] <= o and o + lanes <= geo[3, HI]:
+            start = o * stride - geo[3, BEFORE]
+            v = merge_windows(tag, x, rows, found, kernel, start, stride, row)
+        else:
+            v = none
+            for i in range(count):
+                window = taps_of(geo, tab, 3, o + i)
+                one = merge_window(tag, none, x, rows, found, window)
+                v = choose(lane_numbers(v) == i, across(VALUE, tag, (one,))[0], v)
+        put_lanes(y, at + o, scaled(v, counts, o, scale, tag, is_mean), count)
+
+
+SHORT = 16
+"""Vectors of a window up to which it takes as long to bring their lanes together."""
 STREAM = 16
 """Lines of a window that are asked for ahead of time; longer ones the hardware foresees."""
 
@@ -963,6 +1046,9 @@ def walk(way: Any, *args: Any) -> None:
 def _walk(way, *args):
     rows = {ByOutput: row_of_outputs, ByChannel: row_of_channels, ByWindow: row_of_windows}
     row = rows[way.instance_class]
+    tag, _, weights, _, _, _, state = args[:7]
+    if row is row_of_windows and weights == state == types.none and not formulas.is_tag(tag):
+        row = row_of_values
     return lambda way, *args: row(*args)
 
 
@@ -984,7 +1070,7 @@ def direct(begin, end, way, tag, x, weights, params, y, state, geo, tab, inner, 
     rows, codes, o = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(3, np.int64)
     lanes = width(x)
     number = empty_buffer(x, 0).dtype.type
-    row = empty_buffer(x, (inner if params is None else row_size) + lanes)
+    row = empty_buffer(x, lanes * lanes if params is None else row_size + lanes)
     pads = empty_buffer(x, geo[3, OUT] + lanes)
     counts = empty_buffer(x, row_size + lanes)
     is_mean = column >= 0
@@ -1113,7 +1199,7 @@ def slopes_of_windows(tag, g, x, weights, row, state, by_p, to, at, lines, geo, 
     p = load_as(row, 0, like)
     for o in range(geo[3, OUT]):
         first, end, start = taps_of(geo, tab, 3, o)
-        place = Whole(first, end, start, geo[3, DILATION])
+        place = Whole(first, end, start)
         v = slope(place, tag, g, x, weights, lines, state, at + o, 1, g.size, geo, p)
         by_p[to] += lane(v, 0)
 

@@ -384,7 +384,7 @@ def merged(begin, end, way, tag, x, y, geo, tab, inner, column, fixed):
     buffer = empty_buffer(x, size + lanes)
     number = buffer.dtype.type
     is_mean = column >= 0
-    counts = empty_buffer(x, row_size + lanes)
+    counts, room = empty_buffer(x, row_size + lanes), empty_buffer(x, lanes * lanes)
     if is_mean:
         count_row(counts, geo, tab, inner, column, fixed)
     steps = geo[3, OUT] * (-(-inner // lanes)) if inner > 1 else -(-geo[3, OUT] // lanes)
@@ -399,7 +399,7 @@ def merged(begin, end, way, tag, x, y, geo, tab, inner, column, fixed):
         row[0] = rows[0] if is_single else 0
         if not is_single:
             merge_rows(tag, x, rows, found, size, buffer, ahead, ask_columns)
-        walk(way, tag, source, None, None, counts, y, None, unit * row_size, (row, code, 1),
+        walk(way, tag, source, None, None, room, y, None, unit * row_size, (row, code, 1),
              geo, tab, inner, (counts, counts, scale, number(fixed), is_mean), ahead,
              ask if is_single else 0)  # fmt: skip
         plane = advance(geo, OUT, o, plane)

@@ -155,7 +155,7 @@ def plan(
             at += len(table)
         parts += tables
     last = padded[-1]
-    is_long = last.kernel >= LONG and 4 * last.stride >= last.kernel
+    is_long = last.kernel >= LONG and 4 * last.stride >= last.kernel and last.dilation == 1
     band, bands = _bands(geo, inner)
     return Plan(
         geo,

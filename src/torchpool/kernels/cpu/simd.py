@@ -439,6 +439,20 @@ def odds(typingctx: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
+def thirds(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """Every third element of three successive vectors, from the first on."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = range(0, 3 * a.lanes, 3)
+        first = [place for place in places if place < 2 * a.lanes]
+        both = _shuffled(builder, args[0], args[1], first + [0] * (a.lanes - len(first)))
+        last = [place - a.lanes for place in places if place >= 2 * a.lanes]
+        return _shuffled(builder, both, args[2], [*range(len(first)), *last])
+
+    return a(a, b, c), build
+
+
+@intrinsic
 def after1(typingctx: Any, a: Any, b: Any) -> Any:
     """The vector that begins one element into `a` and ends in the successive `b`."""
 
@@ -492,6 +506,39 @@ def braided_high(typingctx: Any, a: Any, b: Any) -> Any:
         return _shuffled(builder, args[0], args[1], [k for i in half for k in (i, a.lanes + i)])
 
     return a(a, b), build
+
+
+def _halves(a: Any, span: Any, offset: int) -> Any:
+    """Every other `span` lanes, from `offset` times `span` on, of two vectors in turns."""
+    step = getattr(span, "literal_value", None)
+    if step is None:
+        return None
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        starts = range(0, a.lanes, 2 * step)
+        lanes = [
+            start + source + offset * step + i
+            for start in starts
+            for source in (0, a.lanes)
+            for i in range(step)
+        ]
+        return _shuffled(builder, args[0], args[1], lanes[: a.lanes])
+
+    return build
+
+
+@intrinsic(prefer_literal=True)
+def lows(typingctx: Any, a: Any, b: Any, span: Any) -> Any:
+    """Of each `2 * span` lanes the first half: a's and b's in turns. `span` is a constant."""
+    build = _halves(a, span, 0)
+    return None if build is None else (a(a, b, span), build)
+
+
+@intrinsic(prefer_literal=True)
+def highs(typingctx: Any, a: Any, b: Any, span: Any) -> Any:
+    """The same of the second half."""
+    build = _halves(a, span, 1)
+    return None if build is None else (a(a, b, span), build)
 
 
 @intrinsic
