@@ -923,9 +923,16 @@ def _adaptive(
     sizes = tuple(output_size) if isinstance(output_size, Sequence) else (output_size,) * d
     if len(sizes) != d:
         raise ValueError(f"output_size={output_size!r} must be an int, None or {d} of them")
+    plain = all(type(size) is int or size is None for size in sizes)
+    windows = _known_adaptive(sizes) if plain else Adaptive(sizes)
     return pool(
-        x, reduction, Adaptive(sizes), dims=range(x.ndim - d, x.ndim), return_indices=return_indices
+        x, reduction, windows, dims=range(x.ndim - d, x.ndim), return_indices=return_indices
     )
+
+
+@lru_cache(maxsize=1024)
+def _known_adaptive(sizes: tuple[int | None, ...]) -> Adaptive:
+    return Adaptive(sizes)
 
 
 def _lp_pool(

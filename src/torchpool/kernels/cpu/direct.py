@@ -25,6 +25,7 @@ from torchpool.kernels.cpu.formulas import (
     num_sums,
 )
 from torchpool.kernels.cpu.lines import (
+    STREAM,
     advance,
     count_row,
     is_idle,
@@ -904,10 +905,10 @@ def row_of_windows(tag, x, weights, params, row, y, state, at, lines, geo, tab, 
     p = parameter(params, row, 0, like)
     ask = ask if ask <= STREAM else 0
     for o in range(0, geo[3, OUT], width(like)):
+        ahead = request(x, ahead, ask)
         count = min(width(like), geo[3, OUT] - o)
         v, kept = like, nothing_kept(tag, like, state)
         for i in range(count):
-            ahead = request(x, ahead, ask)
             first, end, start = taps_of(geo, tab, 3, o + i)
             place = Whole(first, end, start)
             found = solve(place, tag, x, weights, lines, state, geo, p, pads, o + i, fixed, is_mean)
@@ -953,7 +954,7 @@ def row_of_values(tag, x, weights, params, row, y, state, at, lines, geo, tab, i
     ask = ask if ask <= STREAM else 0
     for o in range(0, outs, lanes):
         count = min(lanes, outs - o)
-        ahead = request(x, ahead, ask * count)
+        ahead = request(x, ahead, ask)
         if lanes <= 16 and kernel <= SHORT * lanes and geo[3, LO] <= o and o + lanes <= geo[3, HI]:
             start = o * stride - geo[3, BEFORE]
             v = merge_windows(tag, x, rows, found, kernel, start, stride, row)
@@ -968,8 +969,6 @@ def row_of_values(tag, x, weights, params, row, y, state, at, lines, geo, tab, i
 
 SHORT = 16
 """Vectors of a window up to which it takes as long to bring their lanes together."""
-STREAM = 16
-"""Lines of a window that are asked for ahead of time; longer ones the hardware foresees."""
 
 
 def nothing_kept(tag: Any, like: Any, state: Any) -> Any:

@@ -16,6 +16,7 @@ from numba.extending import overload
 
 from torchpool.kernels.cpu.direct import walk
 from torchpool.kernels.cpu.lines import (
+    STREAM,
     advance,
     count_of,
     count_row,
@@ -344,16 +345,17 @@ def merge_few(tag, x, rows, found, begin, end, size, buffer, ahead, lines):
 
 
 @njit(**INNER)
-def merge_pair(tag, x, rows, k, begin, end, size, buffer):
-    """Columns `begin .. end - 1` of rows k and k + 1, merged with those in the buffer."""
-    at = begin
+def merge_more(tag, x, rows, begin, end, size, buffer):
+    """Columns `begin .. end - 1` of four rows, merged with those in the buffer."""
+    r0, r1, r2, r3 = rows[0], rows[1], rows[2], rows[3]
     like = splat(x, 0)
+    at = begin
     while at + width(x) <= end:
-        v, w = load(x, rows[k] + at), load(x, rows[k + 1] + at)
-        store(buffer, at, merge3(tag, load_as(buffer, at, like), v, w))
+        v = merge3(tag, load_as(buffer, at, like), load(x, r0 + at), load(x, r1 + at))
+        store(buffer, at, merge3(tag, v, load(x, r2 + at), load(x, r3 + at)))
         at += width(x)
     if at < end:
-        v = within(tag, x, rows[k:], 2, at, size)
+        v = within(tag, x, rows, FEW, at, size)
         store(buffer, at, merge(tag, load_as(buffer, at, like), v))
 
 
@@ -361,12 +363,12 @@ def merge_pair(tag, x, rows, k, begin, end, size, buffer):
 def merge_rows(tag, x, rows, found, size, buffer, ahead, lines):
     """The rows of one row of outputs as one row, in the buffer: some columns at a time, so that
     memory is read in long pieces."""
-    few = found if found <= FEW else 1 + (found - 1) % 2
+    few = min(found, 1 + (found - 1) % FEW)
     for begin in range(0, size, BLOCK):
         end = min(size, begin + BLOCK)
         ahead = merge_few(tag, x, rows, few, begin, end, size, buffer, ahead, lines)
-        for k in range(few, found, 2):
-            merge_pair(tag, x, rows, k, begin, end, size, buffer)
+        for k in range(few, found, FEW):
+            merge_more(tag, x, rows[k:], begin, end, size, buffer)
 
 
 FEW = 4
@@ -390,6 +392,7 @@ def merged(begin, end, way, tag, x, y, geo, tab, inner, column, fixed):
     steps = geo[3, OUT] * (-(-inner // lanes)) if inner > 1 else -(-geo[3, OUT] // lanes)
     share, ask = share_of(x, y.size // row_size, steps)
     _, ask_columns = share_of(x, y.size // row_size, -(-size // lanes))
+    ask_columns = ask_columns if ask_columns <= STREAM else 0
     plane = split(begin, geo, OUT, o)
     for unit in range(begin, end):
         found = window_rows(geo, tab, o, plane, size, rows, codes)

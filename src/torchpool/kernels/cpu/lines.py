@@ -218,6 +218,8 @@ def count_row(counts, geo, tab, inner, column, fixed):
 
 AHEAD = 32
 """How far ahead, in cache lines."""
+STREAM = 16
+"""Lines of one step that are asked for; longer runs the hardware foresees."""
 CACHED = 1 << 15
 """Inputs of fewer lines are taken to be in the cache."""
 

@@ -1,0 +1,100 @@
+"""A call that is made again is worked out once: its result is that of the new elements, and nothing
+that tells calls apart is forgotten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+import torchpool as tp
+from torchpool import functional
+
+PAIRS = [
+    (lambda x: tp.pool(x, tp.Max(), tp.Window(3, 2, 1)), lambda x: F.max_pool2d(x, 3, 2, 1)),
+    (
+        lambda x: tp.pool(x, tp.Mean(count_include_pad=True), tp.Window(3, 2, 1)),
+        lambda x: F.avg_pool2d(x, 3, 2, 1),
+    ),
+    (
+        lambda x: tp.pool(x, tp.Min(), tp.Window(2, dilation=2)),
+        lambda x: -F.max_pool2d(-x, 2, 2, 0, 2),
+    ),
+    (lambda x: tp.pool(x, tp.Sum(), tp.Window(2)), lambda x: 4 * F.avg_pool2d(x, 2)),
+    (lambda x: tp.pool(x, tp.Mean(), tp.Global()), lambda x: x.mean((2, 3), keepdim=True)),
+    (lambda x: tp.pool(x, tp.Max(), tp.Adaptive(3)), lambda x: F.adaptive_max_pool2d(x, 3)),
+    (
+        lambda x: functional.max_pool2d(x, (3, 2), 1, (1, 0)),
+        lambda x: F.max_pool2d(x, (3, 2), 1, (1, 0)),
+    ),
+]
+
+
+def inputs():
+    """The same shape with other elements, strides and dtypes, in turns."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for _ in range(2):
+            x = torch.randn(2, 24, 23, 30).to(dtype)
+            yield x
+            yield x.to(memory_format=torch.channels_last)
+            yield x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+@pytest.mark.parametrize(("ours", "torchs"), PAIRS)
+def test_every_call_pools_its_own_elements(ours, torchs):
+    for x in inputs():
+        y = ours(x)
+        tolerance = 2e-2 if x.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(y.double(), torchs(x.double()), rtol=tolerance, atol=tolerance)
+        assert y.dtype == x.dtype
+
+
+def test_a_repeated_call_is_not_prepared_again():
+    x = torch.randn(3, 5, 41, 43)
+    functional.max_pool2d(x, 3)
+    before = functional._ready_call.cache_info()
+    y = functional.max_pool2d(x + 1, 3)
+    after = functional._ready_call.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+    torch.testing.assert_close(y, F.max_pool2d(x + 1, 3), rtol=0, atol=0)
+
+
+def test_an_empty_window_is_empty_again():
+    for _ in range(2):
+        y = tp.pool(torch.ones(1, 2, 300, 300), tp.Max(), tp.Window(2, 2, 4))
+        assert y[..., 0, 0].eq(0).all()
+        assert y[..., 2:-2, 2:-2].eq(1).all()
+
+
+def test_gradients_and_tangents_are_asked_for_after_a_call_without():
+    x = torch.randn(2, 8, 40, 40, dtype=torch.float64)
+    for _ in range(2):
+        tp.pool(x, tp.Max(), tp.Window(2))
+        leaf = x.clone().requires_grad_()
+        tp.pool(leaf, tp.Max(), tp.Window(2)).sum().backward()
+        assert leaf.grad.sum() == 2 * 8 * 20 * 20
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            tangent = forward_ad.unpack_dual(tp.pool(dual, tp.Max(), tp.Window(2))).tangent
+        assert tangent.eq(1).all()
+
+
+def test_another_backend_is_asked_after_a_call(monkeypatch):
+    x = torch.randn(1, 2, 100, 100)
+    tp.pool(x, tp.Max(), tp.Window(2))
+    monkeypatch.setenv("TORCHPOOL_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="TORCHPOOL_BACKEND"):
+        tp.pool(x, tp.Max(), tp.Window(2))
+
+
+@pytest.mark.parametrize("kernel", [2.0, True, (2.0, 2), "2"])
+def test_a_wrong_argument_that_equals_a_right_one_is_still_refused(kernel):
+    x = torch.randn(1, 2, 100, 100)
+    functional.max_pool2d(x, 2)
+    functional.max_pool2d(x, (2, 2))
+    with pytest.raises(TypeError, match="kernel"):
+        functional.max_pool2d(x, kernel)
+    functional.adaptive_max_pool2d(x, 2)
+    with pytest.raises((TypeError, ValueError), match="output_size"):
+        functional.adaptive_max_pool2d(x, kernel)
