@@ -835,7 +835,7 @@ def _window(
 ) -> Window:
     """A window with torch's limits: symmetric padding, at most half the (dilated) kernel."""
     numbers = (kernel, stride, padding, dilation)
-    if all(type(number) is int for number in numbers):
+    if not torch.compiler.is_compiling() and all(type(number) is int for number in numbers):
         return _known_window(d, *numbers, bool(ceil_mode))
     return _checked_window(d, *numbers, ceil_mode)
 
@@ -923,7 +923,9 @@ def _adaptive(
     sizes = tuple(output_size) if isinstance(output_size, Sequence) else (output_size,) * d
     if len(sizes) != d:
         raise ValueError(f"output_size={output_size!r} must be an int, None or {d} of them")
-    plain = all(type(size) is int or size is None for size in sizes)
+    plain = not torch.compiler.is_compiling() and all(
+        type(size) in (int, type(None)) for size in sizes
+    )
     windows = _known_adaptive(sizes) if plain else Adaptive(sizes)
     return pool(
         x, reduction, windows, dims=range(x.ndim - d, x.ndim), return_indices=return_indices
