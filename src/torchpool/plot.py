@@ -212,5 +212,7 @@ def shares_of_copy(rows: Sequence[dict[str, Any]]) -> Chart:
         Patch(color=OURS, label="torchpool"),
         Patch(color=THEIRS, label="best other library"),
     ]
-    axes.legend(handles=handles, loc="lower right", fontsize=8, frameon=False)
+    axes.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, frameon=False
+    )
     return Chart(figure, "Forward pass, contiguous float32: longer is better.")
