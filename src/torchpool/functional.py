@@ -149,7 +149,6 @@ def _ready(x: Any, reduction: Any, windows: Any, dims: Any) -> Any:
         or not isinstance(x, Tensor)
         or not x.is_cpu
         or not ops.is_bare(x)
-        or forward_ad._current_level >= 0
         or os.environ.get("TORCHPOOL_BACKEND")
     ):
         return None

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchpool.kernels import layout, reference
 from torchpool.reductions import Accumulation, Max, Reduction, Selection, from_spec
@@ -133,7 +134,7 @@ def select(
     if not _is_plain(*tensors):
         operator: Any = torch.ops.torchpool.select
     elif _is_watched(*tensors):
-        operator = _Select.apply
+        operator = _select_directly
     else:
         return _run_select(*tensors, reduction, axes, save)
     made: tuple[Tensor, Tensor] = operator(*tensors, reduction.spec, pack(axes), save)
@@ -155,7 +156,7 @@ def accumulate(
     if not _is_plain(*tensors):
         operator: Any = torch.ops.torchpool.accumulate
     elif _is_watched(*tensors):
-        operator = _Accumulate.apply
+        operator = _accumulate_directly
     else:
         # A parameter as an operator gets it: None, as in every cached description.
         return _run_accumulate(*tensors, from_spec(reduction.spec), axes, save)
@@ -198,6 +199,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
         or torch._C._autograd._profiler_enabled()
     ):
         return False
@@ -565,30 +567,24 @@ def _accumulate_double_grad(ctx: Any, *outer: Any) -> tuple[Any, ...]:
     )
 
 
-class _Select(torch.autograd.Function):
-    """`torchpool::select` of plain tensors, which need no dispatcher on their way."""
+def _without_dispatcher(kernel: Any, save: Any, gradient: Any) -> Any:
+    """An operator of plain tensors, which need no dispatcher on their way to the same kernel and
+    the same gradient."""
 
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        """See `select`."""
-        made = _select(*args)
-        _save_select(ctx, args, made)
-        return made
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            made = kernel(*args)
+            save(ctx, args, made)
+            return made
 
-    backward = staticmethod(_select_grad)
+        backward = staticmethod(gradient)
+
+    return Direct.apply
 
 
-class _Accumulate(torch.autograd.Function):
-    """`torchpool::accumulate`, likewise."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        """See `accumulate`."""
-        made = _accumulate(*args)
-        _save_accumulate(ctx, args, made)
-        return made
-
-    backward = staticmethod(_accumulate_grad)
+_select_directly = _without_dispatcher(_select, _save_select, _select_grad)
+_accumulate_directly = _without_dispatcher(_accumulate, _save_accumulate, _accumulate_grad)
 
 
 torch.library.register_autograd(

@@ -169,15 +169,15 @@ def _values(tag: Any, x: Tensor, column: int, divisor: float, plan: Plan) -> _Jo
         return _Job(
             leaf.merged, plan.rows_out, lambda x, y: (way, tag, x, y, *geometry, plan.inner, *ends)
         )
-    large = _large(tag, column, divisor, plan)
-    return large._replace(arguments=lambda x, y: large.arguments(x, y, None))
+    return _large(tag, column, divisor, plan)
 
 
 def _large(tag: Any, column: int, divisor: float, plan: Plan) -> _Job:
-    """The kernel of large windows; its arrays are x, y, and the offsets of the winners or None."""
+    """The kernel of large windows; its arrays are x, y, and the offsets of the winners if they are
+    kept."""
     options = (plan.geo, plan.tab, plan.inner, plan.block, column, divisor)
     units = plan.outer * -(-int(plan.geo[2, plans.OUT]) // plan.block)
-    return _Job(sweep.sweep, units, lambda x, y, state: (tag, x, y, state, *options))
+    return _Job(sweep.sweep, units, lambda x, y, state=None: (tag, x, y, state, *options))
 
 
 def ready(

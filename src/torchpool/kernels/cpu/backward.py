@@ -272,23 +272,32 @@ def _elements(x, at, stride, count, like):
 
 
 @njit(**INNER)
+def most_sources(geo):
+    """At most so many taps reach an input position: those of one residue modulo the stride."""
+    a, b = geo[3, DILATION], max(1, geo[3, STRIDE])
+    while a:
+        a, b = b % a, a
+    period = max(1, geo[3, STRIDE]) // b
+    return -(-geo[3, KERNEL] // period)
+
+
+@njit(**INNER)
 def sources(geo, taps):
     """For each residue of an input position modulo the stride: how many taps reach it, which, and
     by how much the output that sends lies before position // stride.
 
     Shape:
-        taps (stride, 1 + 2 * kernel)
+        taps (stride, 1 + 2 * most_sources)
     """
-    stride, before = geo[3, STRIDE], geo[3, BEFORE]
-    for r in range(stride):
-        count = np.int64(0)
-        for j in range(geo[3, KERNEL]):
-            back = j * geo[3, DILATION] - before - r
-            if back % stride == 0:
-                taps[r, 1 + 2 * count] = j
-                taps[r, 2 + 2 * count] = back // stride
-                count += 1
-        taps[r, 0] = count
+    stride = geo[3, STRIDE]
+    taps[:, 0] = 0
+    for j in range(geo[3, KERNEL]):
+        back = j * geo[3, DILATION] - geo[3, BEFORE]
+        r = back % stride
+        count = taps[r, 0]
+        taps[r, 1 + 2 * count] = j
+        taps[r, 2 + 2 * count] = (back - r) // stride
+        taps[r, 0] = count + 1
 
 
 @njit(**INNER)
@@ -644,7 +653,7 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
     codes = empty_codes(state, tag, most * each * room + 128)
     covers = most_covers(geo, tab)
     rows, bases = np.empty(covers, np.int64), np.empty(covers, np.int64)
-    taps = np.empty((max(1, geo[3, STRIDE]), 1 + 2 * geo[3, KERNEL]), np.int64)
+    taps = np.empty((max(1, geo[3, STRIDE]), 1 + 2 * most_sources(geo)), np.int64)
     if geo[3, STRIDE] > 0 and inner == 1:
         sources(geo, taps)
     o, i = np.zeros(3, np.int64), np.zeros(3, np.int64)
