@@ -64,6 +64,8 @@ def _why_not(axes: Sequence[Axis]) -> str | None:
 def _way(plan: Plan) -> Any:
     if plan.by_channel:
         return direct.ByChannel()
+    if plan.by_list:
+        return direct.ByList()
     return direct.ByWindow() if plan.by_window else direct.ByOutput()
 
 

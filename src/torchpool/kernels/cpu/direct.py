@@ -47,7 +47,10 @@ from torchpool.kernels.cpu.plan import (
     OUT,
     PADDED,
     SIZE,
+    START,
+    STEPS,
     STRIDE,
+    TAPS,
     VALID,
 )
 from torchpool.kernels.cpu.scalars import (
@@ -65,17 +68,22 @@ from torchpool.kernels.cpu.scalars import (
     over,
 )
 from torchpool.kernels.cpu.simd import (
+    any_lane,
     choose,
     codes_as,
+    computed,
+    converted,
     evens,
     gather,
     highs,
     lane,
     lane_numbers,
+    later_min,
     load,
     load_as,
     load_first,
     lows,
+    picked,
     splat,
     splat_as,
     store,
@@ -443,6 +451,80 @@ def visit_inner(goal, tag, held, x, weights, rows, codes, found, window, c, coun
 
 
 @njit(**INNER)
+def lowest(v):
+    """The smallest lane, in all lanes."""
+    if width(v) > 32:
+        v = later_min(v, turned(v, 32))
+    if width(v) > 16:
+        v = later_min(v, turned(v, 16))
+    if width(v) > 8:
+        v = later_min(v, turned(v, 8))
+    v = later_min(v, turned(v, 4))
+    v = later_min(v, turned(v, 2))
+    return later_min(v, turned(v, 1))
+
+
+def picks(x: Any) -> bool:
+    """Whether elements that lie close together are picked out of vectors faster than gathered."""
+    raise NotImplementedError
+
+
+@inlined(picks)
+def _picks(x):
+    is_wide = computed(x.dtype).bitwidth >= 32
+    return lambda x: is_wide
+
+
+def pick(x: Any, at: Any, places: Any, blocks: Any) -> Any:
+    """Elements at `at + places`, which lie in so many pairs of vectors from `at` on."""
+
+
+@inlined(pick)
+def _pick(x, at, places, blocks):
+    if computed(x.dtype).bitwidth < 32:
+        return lambda x, at, places, blocks: splat(x, 0)
+
+    def from_vectors(x, at, places, blocks):
+        lanes = width(x)
+        t = picked(load(x, at), load(x, at + lanes), places)
+        for k in range(1, blocks):
+            begin = 2 * k * lanes
+            more = picked(load(x, at + begin), load(x, at + begin + lanes), places)
+            t = choose(places >= begin, more, t)
+        return t
+
+    return from_vectors
+
+
+@njit(**INNER)
+def visit_listed(goal, tag, held, x, weights, rows, codes, place, geo, a, p):
+    """All taps of windows that are listed."""
+    _, o, _, start, taps, steps, tab = place
+    numbers = lane_numbers(splat(x, 0))
+    places = converted(load_as(tab, start + o, numbers), numbers)
+    has = converted(load_as(tab, taps + o, numbers), numbers)
+    base = lane(lowest(places), 0)
+    places -= base
+    pair, blocks = 2 * width(x), np.int64(1)
+    while any_lane(places >= blocks * pair):
+        blocks += 1
+    base += rows[0]
+    is_near = weights is None and picks(x) and blocks <= NEAR
+    for j in range(geo[3, KERNEL]):
+        live = (has & (np.int32(1) << np.int32(j))) != 0
+        at = base + tab[steps + j]
+        if is_near and at + blocks * pair <= x.size:
+            held = take(goal, tag, held, pick(x, at, places, blocks), None, live, codes[0] + j, a, p)
+        else:
+            held = take_edge(goal, tag, held, x, weights, at, places, live, codes[0] + j, a, p)
+    return held
+
+
+NEAR = 4
+"""Pairs of vectors up to which their elements are picked rather than gathered."""
+
+
+@njit(**INNER)
 def visit_window(goal, tag, held, x, weights, rows, codes, found, window, a, p):
     """All elements of one window, several of a row at a time."""
     first, end, start = window
@@ -610,6 +692,20 @@ class Inner(NamedTuple):
     inner: int
 
 
+class Listed(NamedTuple):
+    """`number` windows from window `o` on that a table lists: tab holds the place of their first
+    taps from `start` on, which taps they have from `taps` on, as bits, and how far from the first
+    each tap lies from `steps` on."""
+
+    first: int
+    o: int
+    number: int
+    start: int
+    taps: int
+    steps: int
+    tab: Any
+
+
 class Whole(NamedTuple):
     """One window of single elements, many of its elements at a time."""
 
@@ -638,6 +734,10 @@ def _visit(place, goal, tag, held, x, weights, lines, geo, a, p):
             goal, tag, held, x, weights, lines[0], lines[1], lines[2], place[:4], place[4],
             place[5], place[6], a, p,
         )  # fmt: skip
+    if kind is Listed:
+        return lambda place, goal, tag, held, x, weights, lines, geo, a, p: visit_listed(
+            goal, tag, held, x, weights, lines[0], lines[1], place, geo, a, p
+        )
     return lambda place, goal, tag, held, x, weights, lines, geo, a, p: across(
         goal, tag, visit_window(
             goal, tag, held, x, weights, lines[0], lines[1], lines[2], place, a, p
@@ -676,7 +776,7 @@ def divisors(place: Any, like: Any, pads: Any, o: Any) -> Any:
 
 @inlined(divisors)
 def _divisors(place, like, pads, o):
-    if place.instance_class is Outputs:
+    if place.instance_class in (Outputs, Listed):
         return lambda place, like, pads, o: load_as(pads, o, like)
     return lambda place, like, pads, o: splat_as(like, pads[o])
 
@@ -865,6 +965,21 @@ def row_of_outputs(tag, x, weights, params, row, y, state, at, lines, geo, tab, 
 
 
 @njit(**INNER)
+def row_of_listed(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
+                  ahead, ask):  # fmt: skip
+    """Lanes are windows side by side, listed tap by tap."""
+    like = splat(x, 0)
+    pads, counts, scale, fixed, is_mean = means
+    p = parameter(params, row, 0, like)
+    for o in range(0, geo[3, OUT], width(like)):
+        ahead = request(x, ahead, ask)
+        count = min(width(like), geo[3, OUT] - o)
+        place = Listed(0, o, count, geo[3, START], geo[3, TAPS], geo[3, STEPS], tab)
+        v, kept = solve(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean)
+        write(y, state, at + o, v, kept, count, counts, o, scale, tag, is_mean)
+
+
+@njit(**INNER)
 def alike_from(geo, o):
     """How many windows from `o` on lie inside the input and side by side at stride 1, so that their
     channels make one run; else 1."""
@@ -1037,13 +1152,24 @@ class ByWindow(NamedTuple):
     unit: int = 0
 
 
+class ByList(NamedTuple):
+    """Way: lanes are windows side by side, listed tap by tap."""
+
+    unit: int = 0
+
+
 def walk(way: Any, *args: Any) -> None:
     """One row of outputs, which begins at y[at], in one of these ways."""
 
 
 @inlined(walk)
 def _walk(way, *args):
-    rows = {ByOutput: row_of_outputs, ByChannel: row_of_channels, ByWindow: row_of_windows}
+    rows = {
+        ByOutput: row_of_outputs,
+        ByChannel: row_of_channels,
+        ByWindow: row_of_windows,
+        ByList: row_of_listed,
+    }
     row = rows[way.instance_class]
     tag, _, weights, _, _, _, state = args[:7]
     if row is row_of_windows and weights == state == types.none and not formulas.is_tag(tag):

@@ -30,9 +30,13 @@ from torchpool.windows import Axis
     COVER,
     COVER_OUT,
     COVER_TAP,
-) = range(17)
-COLUMNS = 17
+    TAPS,
+    STEPS,
+) = range(19)
+COLUMNS = 19
 AXES = 4
+LANES = 64
+"""Lists of windows are filled up to a multiple of the lanes that vectors have at most."""
 _TRIVIAL = Axis(1, 1, 1, 1, 1, 0, 0)
 
 
@@ -41,12 +45,14 @@ class Plan(NamedTuple):
 
     Axes along which nothing is pooled are a part of `outer` and `inner`.
 
-    `geo` (4, 17) int64: numbers of each axis; LO and HI bound the outputs whose window lies inside
+    `geo` (4, 19) int64: numbers of each axis; LO and HI bound the outputs whose window lies inside
     the input, EMPTY says whether some window lies outside, BEFORE is the padding. `tab` int64, of
     each axis: START, FIRST and END (range of valid taps), VALID and PADDED (counts) per output; the
-    outputs that cover input i, in order, at COVER[i] .. COVER[i + 1] of COVER_OUT and COVER_TAP.
+    outputs that cover input i, in order, at COVER[i] .. COVER[i + 1] of COVER_OUT and COVER_TAP; of
+    windows that are listed, as bits, the TAPS of each output, and the STEPS from tap 0 to each.
 
     `by_channel` and `by_window` say what the lanes of a vector are (else windows side by side),
+    `by_list` that such windows are listed one by one,
     `is_leaf` whether windows are small and lie on contiguous rows, `is_large` whether they are
     large and may be reduced axis by axis, `block` rows of outputs at a time, `overlaps` whether
     many windows share a row. `taps` is the size of a window; `covers` outputs cover an element at
@@ -63,6 +69,7 @@ class Plan(NamedTuple):
     taps: int
     by_channel: bool
     by_window: bool
+    by_list: bool
     is_leaf: bool
     is_large: bool
     overlaps: bool
@@ -130,14 +137,20 @@ def plan(
     axes: tuple[Axis, ...], planes: int, channels: int, channels_last: bool, joins: bool = False
 ) -> Plan:
     """How the windows of a dense tensor of `planes` times `channels` planes are visited. With
-    `joins` planes that are one window each may be joined to rows of windows."""
+    `joins` small planes may be joined: those that are one window each to rows of windows, those
+    with small irregular windows to a list of windows."""
     kept, more_outer, more_inner = _canonical(axes)
     outer, inner = (planes, channels) if channels_last else (planes * channels, 1)
     outer, inner = outer * more_outer, inner * more_inner
+    listed = None
     if joins and inner == len(kept) == 1 and _is_whole(kept[0]) and kept[0].dilation == 1:
         size = kept[0].in_size
         count = _divisor(outer, JOINED // max(1, size))
         kept, outer = [Axis(size * count, count, size, size, 1, 0, 0)], outer // count
+    elif joins and inner == 1 and _is_listed(kept):
+        count = _divisor(outer, JOINED // _listed_taps(kept))
+        listed = _Listed(kept, count)
+        kept, outer = [listed.axis], outer // count
     if inner > 1 and len(kept) < AXES and _is_whole(kept[-1]):
         kept.append(_TRIVIAL)  # what windows hold along all of an axis are rows to be merged
     padded = (*(_TRIVIAL,) * (AXES - len(kept)), *kept)
@@ -145,7 +158,7 @@ def plan(
     parts: list[Any] = []
     at = 0
     for row, axis in zip(geo, padded, strict=True):
-        tables = _tables(axis)
+        tables = listed.tables if listed and axis is listed.axis else _tables(axis)
         row[SIZE], row[OUT], row[KERNEL], row[STRIDE], row[DILATION] = axis[:5]
         row[BEFORE] = axis.before
         row[LO], row[HI] = (0, axis.out_size) if _is_idle(axis) else _interior(axis, *tables[1:3])
@@ -166,7 +179,8 @@ def plan(
         0 if channels_last else more_outer,
         math.prod(axis.kernel for axis in axes),
         inner > 1,
-        inner == 1 and (last.is_adaptive or is_long),
+        inner == 1 and listed is None and (last.is_adaptive or is_long),
+        listed is not None,
         inner == 1 and last.kernel <= 3 and last.dilation == 1 and last.stride in (1, 2),
         _is_large(padded, is_long and inner == 1),
         padded[2].kernel > OVERLAP * padded[2].stride,
@@ -178,13 +192,56 @@ def plan(
     )
 
 
+def _listed_taps(axes: Sequence[Axis]) -> int:
+    return math.prod(axis.out_size * axis.kernel for axis in axes)
+
+
+def _is_listed(axes: Sequence[Axis]) -> bool:
+    """Whether the windows of a plane are small, irregular along the last axis, and few."""
+    return (
+        axes[-1].is_adaptive
+        and math.prod(axis.kernel for axis in axes) <= FEW_TAPS
+        and 0 < _listed_taps(axes) <= JOINED
+    )
+
+
+class _Listed:
+    """The windows of some planes as one row of windows, of which each tap is listed.
+
+    Attributes:
+        axis: the row of windows.
+        tables: its tables; nothing asks what covers an element.
+    """
+
+    def __init__(self, axes: Sequence[Axis], planes: int) -> None:
+        start, steps = np.arange(planes), np.zeros(1, np.int64)
+        has = np.ones((1, planes), bool)  # (taps, outputs)
+        for axis in axes:
+            taps = np.arange(axis.kernel)
+            first, end = np.array(axis.taps(), np.int64).reshape(-1, 2).T
+            inside = (taps[:, None] >= first) & (taps[:, None] < end)
+            has = (has[:, None, :, None] & inside[None, :, None, :]).reshape(
+                len(has) * axis.kernel, -1
+            )
+            start = np.add.outer(start * axis.in_size, axis.starts()).reshape(-1)
+            steps = np.add.outer(steps * axis.in_size, taps * max(1, axis.dilation)).reshape(-1)
+        outs, size = len(start), planes * math.prod(axis.in_size for axis in axes)
+        counts, zeros, none = has.sum(0), np.zeros(outs, np.int64), np.empty(0, np.int64)
+        bits = (has << np.arange(len(steps))[:, None]).sum(0)
+        start, bits = (np.pad(table, (0, -outs % LANES), "edge") for table in (start, bits))
+        self.axis = Axis(size, outs, len(steps), 0, 1, 0, 0)
+        self.tables = [start, zeros, counts, counts, counts, none, none, none, bits, steps]
+
+
 def _divisor(number: int, most: int) -> int:
     """The largest divisor of a number that is not larger than `most`, or 1."""
     return next((d for d in range(min(number, most), 1, -1) if number % d == 0), 1)
 
 
 JOINED = 1 << 12
-"""Elements of planes that are joined."""
+"""Elements of planes that are joined, or taps of their windows if those are listed."""
+FEW_TAPS = 16
+"""Irregular windows of at most so many elements are listed."""
 LONG = 16
 """Windows of so many taps are read along themselves, unless they overlap much."""
 SCRATCH = 1 << 15
@@ -255,7 +312,9 @@ def _tables(axis: Axis) -> list[Any]:
     order = np.argsort(position, kind="stable")
     cover = np.searchsorted(position[order], np.arange(axis.in_size + 1))
     padded = counts if axis.is_adaptive else np.array(axis.counts(True), np.int64)
-    return [start, first, end, counts, padded, cover, cover_out[order], cover_tap[order]]
+    none = np.empty(0, np.int64)
+    order_of = cover_out[order], cover_tap[order]
+    return [start, first, end, counts, padded, cover, *order_of, none, none]
 
 
 def _interior(axis: Axis, first: Any, end: Any) -> tuple[int, int]:

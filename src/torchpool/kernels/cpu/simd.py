@@ -472,6 +472,34 @@ def after2(typingctx: Any, a: Any, b: Any) -> Any:
     return a(a, b), build
 
 
+@intrinsic
+def picked(typingctx: Any, a: Any, b: Any, places: Any) -> Any:
+    """Of two successive vectors the elements at `places` (int32), counted round from a's first;
+    of numbers of 4 or 8 bytes."""
+    bits = 8 * _size(a.dtype)
+    if bits < 32:
+        return None
+    index = Vector(types.int32 if bits == 32 else types.int64, a.lanes)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        first, second, chosen = args
+        if a.lanes * bits == 8 * BYTES and "+avx512f" in context.codegen()._tm_features:
+            chosen = _converted(builder, chosen, places.dtype, index)
+            kind = {"f32": "ps", "f64": "pd", "i32": "d", "i64": "q"}[_suffix(first.type)[-3:]]
+            name = f"llvm.x86.avx512.vpermi2var.{kind}.512"
+            return _intrinsic_of(builder, name, first.type, [first, chosen, second])
+        whole = _shuffled(builder, first, second, list(range(2 * a.lanes)))
+        result = first
+        for i in range(a.lanes):
+            place = builder.extract_element(chosen, _I32(i))
+            place = builder.and_(place, place.type(2 * a.lanes - 1))
+            element = builder.extract_element(whole, place)
+            result = builder.insert_element(result, element, _I32(i))
+        return result
+
+    return a(a, b, places), build
+
+
 @intrinsic(prefer_literal=True)
 def turned(typingctx: Any, a: Any, by: Any) -> Any:
     """The lanes moved round by a constant."""
