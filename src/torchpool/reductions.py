@@ -452,6 +452,60 @@ def log_ratio(x: Scalar, a: Scalar) -> Scalar:
     )
 
 
+def power(x: Scalar, a: Scalar, q: Scalar) -> Scalar:
+    """(x / a)^q for 0 <= x <= a; 1 where both are 0 or both infinite."""
+    return exp(q * log_ratio(x, a))
+
+
+def power_less_one(x: Scalar, a: Scalar, q: Scalar) -> Scalar:
+    """`power` - 1, precise for tiny q."""
+    return expm1(q * log_ratio(x, a))
+
+
+def root(s: Scalar, q: Scalar) -> Scalar:
+    """s^(1/q)."""
+    return exp(log(s) / q)
+
+
+# The same for whole exponents: products instead of exponentials.
+
+
+def ratio(x: Scalar, a: Scalar, q: Scalar) -> Scalar:
+    """`power` with q = 1."""
+    same = (x == a) & (x + x == x)
+    return where(same, 1.0, x / where(a == 0, 1.0, a))
+
+
+def square(x: Scalar, a: Scalar, q: Scalar) -> Scalar:
+    """`power` with q = 2."""
+    r = ratio(x, a, q)
+    return r * r
+
+
+def cube(x: Scalar, a: Scalar, q: Scalar) -> Scalar:
+    """`power` with q = 3."""
+    r = ratio(x, a, q)
+    return r * r * r
+
+
+def power_and_less_one(x: Scalar, a: Scalar, q: Scalar) -> Scalar:
+    """`power_less_one` where q is not tiny."""
+    return power(x, a, q) - 1.0
+
+
+def square_root(s: Scalar, q: Scalar) -> Scalar:
+    """`root` with q = 2."""
+    return sqrt(s)
+
+
+WHOLE_POWERS: dict[int, dict[Any, Any]] = {
+    1: {power: ratio},
+    2: {power: square, root: square_root},
+    3: {power: cube},
+}
+"""What replaces the general functions in formulas whose exponent is one of these numbers."""
+
+
 GEM_FLOOR = 1e-6
 
 
@@ -486,13 +540,14 @@ class PowerMean(Accumulation):
 
     @staticmethod
     def lift(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
-        t = strength(p) * side(p) * log_ratio(floored(x, GEM_FLOOR), side(p) * a)
-        return exp(t), expm1(t) / strength(p)
+        z, q = floored(x, GEM_FLOOR), strength(p)
+        e = power(z, side(p) * a, q * side(p))
+        return e, power_less_one(z, side(p) * a, q * side(p)) / q
 
     @staticmethod
     def lift_dx(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
         z = floored(x, GEM_FLOOR)
-        e = exp(strength(p) * side(p) * log_ratio(z, side(p) * a))
+        e = power(z, side(p) * a, strength(p) * side(p))
         return 0.0, where(x < GEM_FLOOR, 0.0, side(p) * e / z)
 
     @staticmethod
@@ -548,12 +603,11 @@ class Lp(Accumulation):
 
     @staticmethod
     def lift(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
-        q = strength(p)
-        return (exp(q * log_ratio(abs(x), a)) / q,)
+        return (power(abs(x), a, strength(p)) / strength(p),)
 
     @staticmethod
     def lift_dx(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
-        e = exp(strength(p) * log_ratio(abs(x), a))
+        e = power(abs(x), a, strength(p))
         return (where(x == 0, 0.0, e / where(x == 0, 1.0, x)),)
 
     @staticmethod
@@ -565,15 +619,14 @@ class Lp(Accumulation):
 
     @staticmethod
     def finish(s: Scalars, n: Scalar, a: Scalar, p: Scalar) -> Scalar:
-        q = strength(p)
-        return a * exp(log(q * s[0]) / q)
+        return a * root(strength(p) * s[0], strength(p))
 
     @staticmethod
     def finish_grad(s: Scalars, n: Scalar, a: Scalar, p: Scalar) -> tuple[Scalars, Scalar, Scalar]:
         q = strength(p)
-        root = log(q * s[0])
-        y = a * exp(root / q)
-        return (y / s[0] / q,), 0.0, y * (1.0 - root) / q / q
+        log_sum = log(q * s[0])
+        y = a * exp(log_sum / q)
+        return (y / s[0] / q,), 0.0, y * (1.0 - log_sum) / q / q
 
 
 @dataclass(frozen=True)

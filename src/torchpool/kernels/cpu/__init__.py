@@ -458,11 +458,12 @@ def _accumulate_formulas(
 ) -> None:
     dtype = layout.compute_dtype(x.dtype)
     kind: Any = type(reduction)
+    numbers = _parameters(params, dtype)
     _run_direct(
-        formulas.tag(kind),
+        formulas.tag(kind, numbers),
         x,
         _effective(x, mask, weights, dtype, layout.is_channels_last(x)),
-        _parameters(params, dtype),
+        numbers,
         y,
         stats.reshape(-1).numpy(),
         *_divisor(reduction),
@@ -503,8 +504,8 @@ def accumulate_backward(
         y = torch.empty_like(grad)
         _accumulate_formulas(x, mask, weights, params, reduction, y, stats, plan)
     kind: Any = type(reduction)
-    tag, saved = formulas.tag(kind), stats.reshape(-1).numpy()
     array, numbers = _flat(x, last), _parameters(params, dtype)
+    tag, saved = formulas.tag(kind, numbers), stats.reshape(-1).numpy()
     scale = _effective(x, mask, weights, dtype, last)
     if needs[0] or needs[1]:
         by_weights = None

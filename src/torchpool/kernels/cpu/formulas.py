@@ -31,7 +31,7 @@ _TABLE = {
 }
 _PREFIX = "Formulas_"
 _tags: dict[str, type] = {}
-_kinds: dict[str, type[Accumulation]] = {}
+_kinds: dict[str, tuple[type[Accumulation], int]] = {}
 
 
 def __getattr__(name: str) -> type:
@@ -67,13 +67,23 @@ def _source(formula: FunctionType, seen: set[Any]) -> str:
 
 
 @lru_cache(maxsize=256)
-def tag(kind: Any) -> Any:
-    """The tag of a reduction's class."""
+def _digest(kind: Any) -> tuple[str, bool]:
+    """A digest of the formulas' code, and whether it raises to a power."""
+    seen: set[Any] = set()
     text = f"{kind.anchor}{kind.num_sums}" + "".join(
-        _source(getattr(kind, name), set()) for name in _METHODS
+        _source(getattr(kind, name), seen) for name in _METHODS
     )
-    name = f"{_PREFIX}{kind.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    _kinds[name] = kind
+    return hashlib.sha256(text.encode()).hexdigest()[:16], reductions.power in seen
+
+
+def tag(kind: Any, params: Any = None) -> Any:
+    """The tag of a reduction's class, and of its exponent where that is a small whole number."""
+    digest, has_power = _digest(kind)
+    exponent = 0
+    if has_power and params is not None and params.size == 1:
+        exponent = next((q for q in reductions.WHOLE_POWERS if q == params[0]), 0)
+    name = f"{_PREFIX}{kind.__name__}_{exponent or ''}_{digest}"
+    _kinds[name] = kind, exponent
     return __getattr__(name)(0)
 
 
@@ -110,13 +120,29 @@ def _compile(single: bool) -> Any:
     return wrap
 
 
+@lru_cache(maxsize=64)
+def _table(exponent: int, single: bool) -> dict[Any, Any]:
+    """What replaces the functions that formulas are written with."""
+    table, wrap = dict(_TABLE), _compile(single)
+    special = reductions.WHOLE_POWERS.get(exponent, {})
+    table |= {general: reductions.rebind(f, table, wrap) for general, f in special.items()}
+    if special:
+        less_one = reductions.rebind(reductions.power_and_less_one, table, wrap)
+        table[reductions.power_less_one] = less_one
+    return table
+
+
+def _formula(tag: Any, name: str, single: bool) -> Any:
+    return _formula_of(*_kinds[tag.instance_class.__name__], name, single)
+
+
 @lru_cache(maxsize=1024)
-def _formula(kind: type[Accumulation], name: str, single: bool) -> Any:
-    return reductions.rebind(getattr(kind, name), _TABLE, _compile(single))
+def _formula_of(kind: type[Accumulation], exponent: int, name: str, single: bool) -> Any:
+    return reductions.rebind(getattr(kind, name), _table(exponent, single), _compile(single))
 
 
 def _kind(tag: Any) -> type[Accumulation]:
-    return _kinds[tag.instance_class.__name__]
+    return _kinds[tag.instance_class.__name__][0]
 
 
 def is_tag(tag: Any) -> bool:
@@ -170,7 +196,7 @@ def key(tag: Any, x: Any, p: Any) -> Any:
 
 @inlined(key)
 def _key(tag, x, p):
-    f = _formula(_kind(tag), "key", is_single(x))
+    f = _formula(tag, "key", is_single(x))
     return lambda tag, x, p: alike(f(x, p), x)
 
 
@@ -181,7 +207,7 @@ def least(tag: Any, p: Any) -> Any:
 
 @inlined(least)
 def _least(tag, p):
-    f = _formula(_kind(tag), "least", is_single(p))
+    f = _formula(tag, "least", is_single(p))
     return lambda tag, p: alike(f(p), p)
 
 
@@ -192,7 +218,7 @@ def _terms(name: str) -> Any:
         kind = _kind(tag)
         if getattr(kind, name) is getattr(Accumulation, name):
             return lambda tag, x, a, p: zeros(tag, x)
-        f = _formula(kind, name, is_single(x))
+        f = _formula(tag, name, is_single(x))
 
         def one(tag, x, a, p):
             t = f(x, a, p)
@@ -242,7 +268,7 @@ def finish(tag: Any, s: Any, n: Any, a: Any, p: Any) -> Any:
 
 @inlined(finish)
 def _finish(tag, s, n, a, p):
-    f = _formula(_kind(tag), "finish", is_single(n))
+    f = _formula(tag, "finish", is_single(n))
     return lambda tag, s, n, a, p: alike(f(s, n, a, p), n)
 
 
@@ -254,7 +280,7 @@ def finish_grad(tag: Any, s: Any, n: Any, a: Any, p: Any) -> Any:
 @inlined(finish_grad)
 def _finish_grad(tag, s, n, a, p):
     kind = _kind(tag)
-    f = _formula(kind, "finish_grad", is_single(n))
+    f = _formula(tag, "finish_grad", is_single(n))
 
     def one(tag, s, n, a, p):
         d, dn, dp = f(s, n, a, p)

@@ -923,7 +923,7 @@ def _call(
         divisor = float(reduction.divisor)
     number = p.numpy().dtype.type
     return _Call(
-        batch, formulas.tag(kind), _flat(x, batch.channels_last),
+        batch, formulas.tag(kind, p.numpy()), _flat(x, batch.channels_last),
         _flat(effective, batch.channels_last), p.numpy(), number(divisor), dtype,
     )  # fmt: skip
 
