@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchpool.kernels import layout
 from torchpool.kernels.cpu import backward as gradients
-from torchpool.kernels.cpu import direct, formulas, leaf, scatter, sweep, threads
+from torchpool.kernels.cpu import direct, formulas, leaf, scatter, shares, sweep, threads
 from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.plan import PADDED, VALID, Plan
@@ -199,17 +199,23 @@ def ready(
     else:
         job = _values(_TOTAL, like, *_divisor(reduction), plan)
     clears = selects and plan.has_empty
-    count = like.shape[0] * like.shape[1] * math.prod(outs)
-    traffic = (like.numel() + count) * like.element_size()
+    example = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
+    result = layout.empty_like(example, outs)
+    if not result.numel():
+        return None
+    shape, strides, traffic = result.shape, result.stride(), example.nbytes + result.nbytes
+    arrays = _flat(example, last), _flat(result, last)
+    prepared = shares.Call(job.kernel, job.units, job.arguments(*arrays), arrays)
 
     def call(x: Tensor) -> Tensor:
-        y = in_large_pages(layout.empty_like(x, outs))
-        threads.run(job.kernel, job.units, traffic, *job.arguments(_flat(x, last), _flat(y, last)))
+        y = in_large_pages(x.new_empty_strided(shape, strides))
+        if not prepared.run(*threads.split(job.units, traffic), x.data_ptr(), y.data_ptr()):
+            threads.fail(job.kernel, job.units, job.arguments(_flat(x, last), _flat(y, last)))
         if clears:
             _clear_empty(y, axes)
         return y
 
-    return call if count else None
+    return call
 
 
 def _merge_directly(

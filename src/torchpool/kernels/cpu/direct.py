@@ -1038,9 +1038,11 @@ def merge_windows(tag, x, rows, found, kernel, start, stride, b):
     lanes = width(x)
     half = lanes // 2
     none = splat(x, identity(tag, x))
+    for i in range(lanes):  # in the order of memory
+        window = (0, kernel, start + i * stride)
+        store(b, i * lanes, merge_window(tag, none, x, rows, found, window))
     for i in range(half):
-        v = merge_window(tag, none, x, rows, found, (0, kernel, start + i * stride))
-        w = merge_window(tag, none, x, rows, found, (0, kernel, start + (i + half) * stride))
+        v, w = load(b, i * lanes), load(b, (i + half) * lanes)
         if lanes == 16:
             v = merge(tag, lows(v, w, 8), highs(v, w, 8))
         else:

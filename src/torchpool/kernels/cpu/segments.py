@@ -761,23 +761,6 @@ class _Batch(NamedTuple):
         return self.planes * int(self.table.shape[1])
 
     @property
-    def work(self) -> Any:
-        """Taps of the windows of each plane that has a table of its own, and a little more for each
-        window."""
-        return self.table[:, :, 1] + 4
-
-    def window_ends(self, blocks: int) -> Any:
-        """Running sum of the work, by window and block of inner elements."""
-        work = np.repeat(self.work, self.per, 0) if self.per > 1 else self.work
-        work = np.tile(work, (self.planes // work.shape[0], 1))
-        return np.cumsum(np.repeat(work.reshape(-1), blocks))
-
-    def plane_ends(self, blocks: int) -> Any:
-        """Running sum of the work, by plane and block of rows."""
-        work = np.repeat(self.work.sum(1) + self.size, self.per)
-        return np.cumsum(np.repeat(np.tile(work, self.planes // work.shape[0]), blocks))
-
-    @property
     def elements(self) -> int:
         """Elements that the windows read."""
         taps = int(self.table[:, :, 1].sum())
@@ -851,7 +834,7 @@ def select(
         threads.run(
             select_windows, batch.windows * blocks, traffic,
             _LARGEST if reduction.largest else _SMALLEST, *arrays, batch.table, batch.size,
-            batch.inner, batch.step, batch.group, batch.per, ends=lambda: batch.window_ends(blocks),
+            batch.inner, batch.step, batch.group, batch.per,
         )  # fmt: skip
     return y.to(x.dtype), state.to(dtype)
 
@@ -869,7 +852,7 @@ def select_backward(grad: Tensor, state: Tensor, starts: Tensor, axes: Sequence[
         blocks = batch.row_blocks(traffic)
         threads.run(
             scatter, batch.planes * blocks, traffic, *arrays, batch.table, batch.size, batch.inner,
-            batch.step, batch.per, blocks, ends=lambda: batch.plane_ends(blocks),
+            batch.step, batch.per, blocks,
         )  # fmt: skip
     return gx.to(grad.dtype)
 
@@ -969,13 +952,13 @@ def _forward(call: _Call, y: Any, stats: Any, reduction: Accumulation) -> None:
     if batch.inner == 1:
         threads.run(
             forward_planes, batch.planes, traffic, *arrays, batch.channels, batch.step,
-            call.divisor, batch.per, ends=lambda: batch.plane_ends(1),
+            call.divisor, batch.per,
         )  # fmt: skip
         return
     blocks = -(-batch.inner // ROOM)
     threads.run(
         forward, batch.windows * blocks, traffic, *arrays, batch.inner, batch.channels, batch.step,
-        batch.group, call.divisor, ends=lambda: batch.window_ends(blocks),
+        batch.group, call.divisor,
     )  # fmt: skip
 
 
@@ -1029,14 +1012,12 @@ def accumulate_backward(
         group = batch.group if batch.step == 1 else 1
         threads.run(
             backward, units, traffic, *arrays, *made, *geometry[:-1], group, batch.per, blocks,
-            ends=lambda: batch.plane_ends(blocks),
         )  # fmt: skip
     if needs[2]:
         by_p = np.empty(grad.numel(), share.dtype)
         blocks = -(-batch.inner // ROOM)
         threads.run(
             parameter_sums, batch.windows * blocks, traffic, *arrays, by_p, *geometry, batch.per,
-            ends=lambda: batch.window_ends(blocks),
         )  # fmt: skip
         gp = _parameter_gradient(by_p + through, grad, call)
     return gx.to(grad.dtype), gw, gp

@@ -1,21 +1,28 @@
-"""A compiled kernel as a function of a share of its work, so that one small parallel loop, compiled
-once, runs every kernel on several threads.
+"""A compiled kernel as a function of a share of its work, and the threads that run the shares.
 
 A kernel's machine code takes all its arguments in Numba's own convention. A stub of a few
 instructions reads them from an array of 64-bit words instead: numbers as they are, arrays as the
 words of Numba's array structure (owner, parent, items, bytes of an item, address, shape, strides).
+
+The threads are those of the OpenMP runtime that torch itself runs on, entered by `GOMP_parallel`,
+which GNU's, LLVM's and Intel's runtimes have. A second team of threads would have to fight for the
+cores with torch's, whose threads keep spinning for milliseconds after each of its operators. Each
+thread takes the next share until none is left, so that one that comes late holds nobody up.
 """
 
 from __future__ import annotations
 
-import itertools
+import ctypes
+import os
 import struct
+from functools import lru_cache
 from typing import Any
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import cfunc, types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
@@ -24,54 +31,117 @@ _STUB = ir.FunctionType(_WORD, [_WORD, _WORD, _WORD])
 _stubs: dict[Any, tuple[int, Any]] = {}
 
 
-def run(kernel: Any, bounds: Any, args: tuple[Any, ...]) -> None:
-    """Runs `kernel(begin, end, *args)` for the shares between neighbours in `bounds` (int64), a
-    thread each.
+@lru_cache(maxsize=1)
+def team() -> Any:
+    """`GOMP_parallel` of the OpenMP runtime that torch runs on; None where there is none."""
+    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    try:
+        enter: Any = ctypes.CDLL(library).GOMP_parallel  # found through what the library needs
+    except (OSError, AttributeError):
+        return None
+    enter.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    enter.restype = None
+    return enter
 
-    Raises:
-        Exception: what the kernel raised.
+
+class Call:
+    """A kernel with its arguments, to be run any number of times, also by several Python threads at
+    once.
+
+    Args:
+        kernel: `kernel(begin, end, *args)` does the pieces of work `begin .. end - 1`.
+        units: how many pieces there are.
+        changing: arrays among the arguments that each run finds at another address.
     """
-    words = np.array(_words(args), np.int64)
-    if _run(bounds, _stub(kernel, args), words):
-        for begin, end in itertools.pairwise(bounds):
-            kernel(begin, end, *args)
-        raise RuntimeError(f"{kernel.__name__} failed on several threads, not on one")
+
+    def __init__(
+        self, kernel: Any, units: int, args: tuple[Any, ...], changing: tuple[Any, ...] = ()
+    ) -> None:
+        words = [0, 0, 0, _stub(kernel, args), units]
+        self._places, self._kept = [], []
+        for arg in args:
+            if any(arg is array for array in changing):
+                self._places.append(len(words) + _ADDRESS)
+            else:
+                self._kept.append(arg)
+            words += _words(arg)
+        self._job = ctypes.c_int64 * len(words)
+        self._words = bytes(self._job(*words))
+
+    def run(self, shares: int, threads: int, *addresses: int) -> bool:
+        """Does all pieces in so many shares on so many threads; says whether it went well."""
+        job = self._job.from_buffer_copy(self._words)
+        job[_SHARES] = shares
+        for place, address in zip(self._places, addresses, strict=True):
+            job[place] = address
+        if threads > 1:
+            team()(_address, job, threads, 0)
+        else:
+            _alone(job)
+        return not job[_FAILED]
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _run(bounds, stub, words):
-    failed = 0
-    for share in prange(bounds.size - 1):
-        failed += _call(stub, bounds[share], bounds[share + 1], words.ctypes.data) != 0
-    return failed
+_SHARES, _NEXT, _FAILED, _CODE, _UNITS, _WORDS = range(6)
+"""What a job is made of: the number of shares, the next one, how many failed, the stub's address,
+the pieces of work, and the words of the arguments."""
+_ADDRESS = 4
+"""Which word of an array is its address."""
 
 
 @intrinsic
-def _call(typingctx, stub, begin, end, words):
-    """Calls the machine code at an address; returns what it says of errors, 0 if there was none."""
+def _taken(typingctx, job, place, count):
+    """A number of the job, which other threads find increased."""
 
     def codegen(context, builder, signature, args):
-        return builder.call(builder.inttoptr(args[0], _STUB.as_pointer()), args[1:])
+        numbers = zip(args[1:], signature.args[1:], strict=True)
+        place, count = (context.cast(builder, *number, types.int64) for number in numbers)
+        return builder.atomic_rmw("add", builder.gep(args[0], [place]), count, "monotonic")
 
-    return types.int64(types.int64, types.int64, types.int64, types.int64), codegen
+    return types.int64(job, place, count), codegen
 
 
-def _words(args: tuple[Any, ...]) -> list[int]:
-    """Arguments as the 64-bit words that their parts are."""
-    words: list[int] = []
-    for arg in args:
-        if isinstance(arg, np.ndarray):
-            address = arg.__array_interface__["data"][0]
-            words += (0, 0, arg.size, arg.itemsize, address, *arg.shape, *arg.strides)
-        elif isinstance(arg, tuple):
-            words += _words(arg)
-        elif isinstance(arg, float):
-            words += struct.unpack("q", struct.pack("d", arg))
-        elif isinstance(arg, np.float32):
-            words += struct.unpack("i", struct.pack("f", arg))
-        else:
-            words.append(arg or 0)
-    return words
+@intrinsic
+def _call(typingctx, stub, begin, end, job, place):
+    """Calls the machine code at an address with the words from a place on; returns what it says of
+    errors, 0 if there was none."""
+
+    def codegen(context, builder, signature, args):
+        stub, begin, end, job, place = args
+        place = context.cast(builder, place, signature.args[-1], types.int64)
+        words = builder.ptrtoint(builder.gep(job, [place]), _WORD)
+        return builder.call(builder.inttoptr(stub, _STUB.as_pointer()), [begin, end, words])
+
+    return types.int64(types.int64, types.int64, types.int64, job, place), codegen
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=True)
+def _work(job):
+    """What each thread does."""
+    units, shares = job[_UNITS], job[_SHARES]
+    share = _taken(job, _NEXT, 1)
+    while share < shares:
+        begin, end = units * share // shares, units * (share + 1) // shares
+        if _call(job[_CODE], begin, end, job, _WORDS) != 0:
+            _taken(job, _FAILED, 1)
+        share = _taken(job, _NEXT, 1)
+
+
+_address = _work.address
+_alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_address)
+
+
+def _words(arg: Any) -> list[int]:
+    """An argument as the 64-bit words that its parts are."""
+    if isinstance(arg, np.ndarray):
+        address = arg.__array_interface__["data"][0]
+        return [0, 0, arg.size, arg.itemsize, address, *arg.shape, *arg.strides]
+    if isinstance(arg, tuple):
+        return [word for part in arg for word in _words(part)]
+    if isinstance(arg, float):
+        return list(struct.unpack("q", struct.pack("d", arg)))
+    if isinstance(arg, np.float32):
+        return list(struct.unpack("i", struct.pack("f", arg)))
+    return [int(arg or 0)]
 
 
 def _kind(arg: Any) -> Any:
