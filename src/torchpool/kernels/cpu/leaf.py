@@ -263,12 +263,10 @@ def windows_of_channels(tag, x, rows, found, at, step, taps):
 
 
 @njit(**INNER)
-def row_of_channels(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean, ahead,
-                    lines):  # fmt: skip
+def row_of_channels(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean):
     """One output row; the last vector of a window's channels overlaps the one before."""
     lanes, dilation = width(x), geo[3, DILATION]
     for o in range(geo[3, OUT]):
-        ahead = request(x, ahead, lines)
         first, end, start = taps_of(geo, tab, 3, o)
         begin = (start + first * dilation) * inner
         for block in range(0, inner, lanes):
@@ -291,16 +289,13 @@ def channels(begin, end, tag, x, y, geo, tab, inner, column, fixed):
     if is_mean:
         count_row(counts, geo, tab, inner, column, fixed)
     plane = split(begin, geo, OUT, o)
-    share, lines = share_of(x, y.size // row, geo[3, OUT])
     for unit in range(begin, end):
         found = window_rows(geo, tab, o, plane, geo[3, SIZE] * inner, rows, codes)
         scale = counts.dtype.type(1)
         if is_mean and fixed == 0:
             scale = counts.dtype.type(lead_count(geo, tab, column, o))
-        row_of_channels(
-            tag, x, rows, found, y, unit * row, geo, tab, inner, counts, scale, is_mean,
-            np.int64(unit * share) + lines_ahead(x), lines,
-        )  # fmt: skip
+        at = unit * row
+        row_of_channels(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean)
         plane = advance(geo, OUT, o, plane)
 
 
