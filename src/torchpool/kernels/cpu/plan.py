@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     `by_list` that such windows are listed one by one,
     `is_leaf` whether windows are small and lie on contiguous rows, `is_large` whether they are
     large and may be reduced axis by axis, `block` rows of outputs at a time, `overlaps` whether
-    many windows share a row. `taps` is the size of a window; `covers` outputs cover an element at
+    many windows share an element. `taps` is the size of a window; `covers` outputs cover an element at
     most. `planes_each` is how many planes of `outer` a channel has (0: channels are the fastest
     axis). A band is so many positions along the leading axis.
     """
@@ -151,6 +151,8 @@ def plan(
         count = _divisor(outer, JOINED // _listed_taps(kept))
         listed = _Listed(kept, count)
         kept, outer = [listed.axis], outer // count
+    elif joins and len(kept) == 1 and _is_large((_TRIVIAL,) * 3 + (kept[0],), _is_long(kept[0])):
+        kept, outer = [_idle(outer), kept[0]], 1  # many rows at a time
     if inner > 1 and len(kept) < AXES and _is_whole(kept[-1]):
         kept.append(_TRIVIAL)  # what windows hold along all of an axis are rows to be merged
     padded = (*(_TRIVIAL,) * (AXES - len(kept)), *kept)
@@ -168,7 +170,7 @@ def plan(
             at += len(table)
         parts += tables
     last = padded[-1]
-    is_long = last.kernel >= LONG and 4 * last.stride >= last.kernel and last.dilation == 1
+    is_long = _is_long(last)
     band, bands = _bands(geo, inner)
     return Plan(
         geo,
@@ -183,7 +185,7 @@ def plan(
         listed is not None,
         inner == 1 and last.kernel <= 3 and last.dilation == 1 and last.stride in (1, 2),
         _is_large(padded, is_long and inner == 1),
-        padded[2].kernel > OVERLAP * padded[2].stride,
+        _overlaps(padded[2]) or (padded[2].kernel == 1 and _overlaps(last)),
         _block(geo, inner),
         bool(geo[:, EMPTY].any()),
         math.prod(map(_covers, padded)),
@@ -249,11 +251,23 @@ SCRATCH = 1 << 15
 
 
 OVERLAP = 4
-"""Rows that belong to more windows are reduced axis by axis where that is possible."""
+"""Elements that belong to more windows along an axis are reduced axis by axis where possible."""
 LARGE = 12
 """Windows of more elements are reduced axis by axis where that is possible."""
 BUFFER = 1 << 17
 """Elements of the rows of a block that stay in the second cache."""
+
+
+def _is_long(axis: Axis) -> bool:
+    return axis.kernel >= LONG and OVERLAP * axis.stride >= axis.kernel and axis.dilation == 1
+
+
+def _overlaps(axis: Axis) -> bool:
+    return axis.kernel > OVERLAP * axis.stride
+
+
+def _idle(size: int) -> Axis:
+    return Axis(size, size, 1, 1, 1, 0, 0)
 
 
 def _is_large(axes: Sequence[Axis], is_long: bool) -> bool:
