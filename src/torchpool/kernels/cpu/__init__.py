@@ -7,7 +7,6 @@ large windows to `sweep`, everything else forward to `direct`, and all gradients
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -514,7 +514,9 @@ def visit_listed(goal, tag, held, x, weights, rows, codes, place, geo, a, p):
         live = (has & (np.int32(1) << np.int32(j))) != 0
         at = base + tab[steps + j]
         if is_near and at + blocks * pair <= x.size:
-            held = take(goal, tag, held, pick(x, at, places, blocks), None, live, codes[0] + j, a, p)
+            held = take(
+                goal, tag, held, pick(x, at, places, blocks), None, live, codes[0] + j, a, p
+            )
         else:
             held = take_edge(goal, tag, held, x, weights, at, places, live, codes[0] + j, a, p)
     return held

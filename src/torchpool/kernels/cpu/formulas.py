@@ -31,7 +31,7 @@ _TABLE = {
 }
 _PREFIX = "Formulas_"
 _tags: dict[str, type] = {}
-_kinds: dict[str, tuple[type[Accumulation], int]] = {}
+_kinds: dict[str, tuple[Any, int]] = {}
 
 
 def __getattr__(name: str) -> type:
@@ -133,15 +133,16 @@ def _table(exponent: int, single: bool) -> dict[Any, Any]:
 
 
 def _formula(tag: Any, name: str, single: bool) -> Any:
-    return _formula_of(*_kinds[tag.instance_class.__name__], name, single)
+    kind, exponent = _kinds[tag.instance_class.__name__]
+    return _formula_of(kind, exponent, name, single)
 
 
 @lru_cache(maxsize=1024)
-def _formula_of(kind: type[Accumulation], exponent: int, name: str, single: bool) -> Any:
+def _formula_of(kind: Any, exponent: int, name: str, single: bool) -> Any:
     return reductions.rebind(getattr(kind, name), _table(exponent, single), _compile(single))
 
 
-def _kind(tag: Any) -> type[Accumulation]:
+def _kind(tag: Any) -> Any:
     return _kinds[tag.instance_class.__name__][0]
 
 

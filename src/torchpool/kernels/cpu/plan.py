@@ -55,9 +55,9 @@ class Plan(NamedTuple):
     `by_list` that such windows are listed one by one,
     `is_leaf` whether windows are small and lie on contiguous rows, `is_large` whether they are
     large and may be reduced axis by axis, `block` rows of outputs at a time, `overlaps` whether
-    many windows share an element. `taps` is the size of a window; `covers` outputs cover an element at
-    most. `planes_each` is how many planes of `outer` a channel has (0: channels are the fastest
-    axis). A band is so many positions along the leading axis.
+    many windows share an element. `taps` is the size of a window; `covers` outputs cover an
+    element at most. `planes_each` is how many planes of `outer` a channel has (0: channels are the
+    fastest axis). A band is so many positions along the leading axis.
     """
 
     geo: Any

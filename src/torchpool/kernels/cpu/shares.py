@@ -126,7 +126,7 @@ def _work(job):
         share = _taken(job, _NEXT, 1)
 
 
-_address = _work.address
+_address: Any = _work.address
 _alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_address)
 
 

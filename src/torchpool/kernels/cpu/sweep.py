@@ -43,11 +43,14 @@ from torchpool.kernels.cpu.simd import (
     per_line,
     splat,
     store,
+    store_first,
     width,
 )
 
 CHUNK = 1024
 """Elements that are reduced along rows at a time."""
+PIECE = 4096
+"""Elements of a long row that are reduced along it at a time."""
 DIRECT = 7
 """Windows of so many rows are merged row by row."""
 
@@ -227,21 +230,21 @@ def _pick_codes(out, to, codes, at, places, mask):
     return lambda out, to, codes, at, places, mask: store(out, to, gather(codes, at, places, mask))
 
 
-def clip(codes: Any, at: Any, geo: Any, tab: Any, inner: Any) -> None:
+def clip(codes: Any, at: Any, begin: Any, outs: Any, geo: Any, tab: Any, inner: Any) -> None:
     """Where padding won along a row, all of the window is the smallest number there is: its first
-    valid element wins."""
+    valid element wins. The outputs `begin .. begin + outs - 1` of the row lie at codes[at]."""
 
 
 @inlined(clip)
-def _clip(codes, at, geo, tab, inner):
+def _clip(codes, at, begin, outs, geo, tab, inner):
     if codes == types.none:
-        return lambda codes, at, geo, tab, inner: None
+        return lambda codes, at, begin, outs, geo, tab, inner: None
 
-    def clipped(codes, at, geo, tab, inner):
+    def clipped(codes, at, begin, outs, geo, tab, inner):
         if is_idle(geo, 3):
             return
-        for o in range(geo[3, OUT]):
-            first = tab[geo[3, FIRST] + o]
+        for o in range(outs):
+            first = tab[geo[3, FIRST] + begin + o]
             if first == 0:
                 break
             for c in range(inner):
@@ -253,23 +256,28 @@ def _clip(codes, at, geo, tab, inner):
 
 
 @njit(**APART)
-def along(tag, x, source, count, out, out_codes, to, pitch, values, codes, span, line, geo, tab,
-          inner):  # fmt: skip
-    """`count` input rows, the first at x[source], reduced along the last axis as if they were one:
-    each has room for its padding, `line` elements in all. Results go to out[to], `pitch` apart."""
+def along(tag, x, source, count, begin, outs, out, out_codes, to, pitch, values, codes, span, geo,
+          tab, inner):  # fmt: skip
+    """The outputs `begin .. begin + outs - 1` of `count` input rows, the first at x[source], along
+    the last axis: reduced as if the rows were one, each with room for its padding. Results go to
+    out[to], `pitch` apart."""
     nothing = splat(x, identity(tag, x))
     lanes = lane_numbers(nothing)
-    size, before = geo[3, SIZE] * inner, geo[3, BEFORE] * inner
-    outs, stride, kernel = geo[3, OUT], geo[3, STRIDE], geo[3, KERNEL]
-    held = min(size, line - before)
+    stride, kernel, size = geo[3, STRIDE], geo[3, KERNEL], geo[3, SIZE] * inner
+    line = ((outs - 1) * stride + kernel) * inner
+    start = (begin * stride - geo[3, BEFORE]) * inner
+    before = min(line, max(0, -start))
+    held = max(0, min(size - max(0, start), line - before))
     for r in range(count):
-        at, begin = r * line + before, source + r * size
+        at, read = r * line + before, source + r * size + max(0, start)
+        fill(values, r * line, at, nothing)
         for i in range(0, held, width(x)):
             if held - i >= width(x):
-                store(values, at + i, load(x, begin + i))
+                store(values, at + i, load(x, read + i))
             else:
-                v = load_first(x, begin + i, held - i)
+                v = load_first(x, read + i, held - i)
                 store(values, at + i, choose(lanes < held - i, v, nothing))
+        fill(values, at + held, (r + 1) * line, nothing)
     found = np.int64(0)
     if kernel > 1:
         found = 3 * span
@@ -278,7 +286,13 @@ def along(tag, x, source, count, out, out_codes, to, pitch, values, codes, span,
     for r in range(count):
         spread_out(out, out_codes, to + r * pitch, values, codes, found + r * line, outs, stride,
                    inner, nothing)  # fmt: skip
-        clip(out_codes, to + r * pitch, geo, tab, inner)
+        clip(out_codes, to + r * pitch, begin, outs, geo, tab, inner)
+
+
+@njit(**INNER)
+def fill(values, begin, end, v):
+    for i in range(begin, end, width(v)):
+        store_first(values, i, v, end - i)
 
 
 # Down the rows ------------------------------------------------------------------------------------
@@ -375,6 +389,15 @@ def down_directly(tag, buffer, codes, pitch, begin, count, y, state, to, row_siz
 # Kernel --------------------------------------------------------------------------------
 
 
+@njit(**INNER)
+def piece_of(geo, inner):
+    """Outputs of a row that are reduced at a time: all of a short one, else so many that windows
+    read little twice."""
+    most = max(PIECE // inner, 4 * geo[3, KERNEL]) // geo[3, STRIDE]
+    pieces = -(-geo[3, OUT] // max(1, most))
+    return -(-geo[3, OUT] // pieces)
+
+
 def fill_firsts(firsts: Any, geo: Any, tab: Any, inner: Any) -> None:
     """The first valid tap along the last axis of each element of a row."""
 
@@ -408,7 +431,8 @@ def sweep(begin, end, tag, x, y, state, geo, tab, inner, block, column, fixed):
     most = (min(block, geo[2, OUT]) - 1) * stride + kernel
     buffer, codes = empty_buffer(x, most * pitch), empty_offsets(state, most * pitch)
     buffer[:] = identity(tag, x)
-    line = ((geo[3, OUT] - 1) * geo[3, STRIDE] + geo[3, KERNEL]) * inner
+    piece = piece_of(geo, inner)
+    line = ((piece - 1) * geo[3, STRIDE] + geo[3, KERNEL]) * inner
     chunk = max(1, CHUNK // line)
     span = chunk * line + 4 * lanes
     values, row_codes = empty_buffer(x, 4 * span), empty_offsets(state, 4 * span)
@@ -435,8 +459,10 @@ def sweep(begin, end, tag, x, y, state, geo, tab, inner, block, column, fixed):
             some = min(chunk, high - r)
             source = (plane * geo[2, SIZE] + top + r) * in_size
             request(x, source + some * in_size, some * in_size // per_line(x) + 1)
-            along(tag, x, source, some, buffer, codes, r * pitch, pitch, values, row_codes, span,
-                  line, geo, tab, inner)  # fmt: skip
+            for o in range(0, geo[3, OUT], piece):
+                outs = min(piece, geo[3, OUT] - o)
+                along(tag, x, source, some, o, outs, buffer, codes, r * pitch + o * inner, pitch,
+                      values, row_codes, span, geo, tab, inner)  # fmt: skip
         to = (plane * geo[2, OUT] + first) * row_size
         if kernel <= DIRECT:
             down_directly(tag, buffer, codes, pitch, first, count, y, state, to, row_size, counts,
