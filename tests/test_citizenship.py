@@ -131,6 +131,29 @@ def test_functional_transforms(reduction):
     torch.testing.assert_close(torch.autograd.grad(loss(leaf), leaf)[0], each[0])
 
 
+PLAIN = {
+    tp.Max(): lambda x: F.max_pool2d(x, 2, 1),
+    tp.Mean(): lambda x: F.avg_pool2d(x, 2, 1),
+    tp.Lp(3.0): lambda x: F.avg_pool2d(x.abs() ** 3, 2, 1).mul(4) ** (1 / 3),
+    tp.SoftmaxMean(1.0): lambda x: F.avg_pool2d(x.exp() * x, 2, 1) / F.avg_pool2d(x.exp(), 2, 1),
+    tp.Var(): lambda x: F.avg_pool2d(x.square(), 2, 1) - F.avg_pool2d(x, 2, 1).square(),
+}
+"""Poolings of windows of 2x2 at stride 1, out of torch's own operators."""
+
+
+@pytest.mark.parametrize("reduction", PLAIN, ids=str)
+def test_third_derivatives(reduction):
+    x, found = torch.randn(1, 2, 3, 4, dtype=torch.float64), []
+    for pool in (lambda t: tp.pool(t, reduction, tp.Window(2, 1)), PLAIN[reduction]):
+        leaf = x.clone().requires_grad_()
+        total = pool(leaf).pow(3).sum()
+        for _ in range(2):
+            (derivative,) = torch.autograd.grad(total, leaf, create_graph=True)
+            total = derivative.square().sum()
+        found.append(torch.autograd.grad(total, leaf)[0])
+    torch.testing.assert_close(*found)
+
+
 def test_autocast_copies_and_pickles():
     x = torch.randn(2, 3, 8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -525,36 +525,37 @@ def _save_accumulate_backward(
     ctx.save_for_backward(grad, x, mask, weights, params, starts)
 
 
+def _kept_or_zeros(x: Tensor, grad: Tensor, axes: Sequence[int]) -> Tensor:
+    """The input, or zeros of its shape where it was not kept because no gradient reads it."""
+    return x if x.numel() else grad.new_zeros(()).expand(*grad.shape[:2], *_ins(axes))
+
+
 def _accumulate_double_grad(ctx: Any, *outer: Any) -> tuple[Any, ...]:
     """Differentiates the composite of the hand-written derivatives."""
     grad, x, mask, weights, params, starts = ctx.saved_tensors
     kind, axes = from_spec(ctx.reduction), unpack(ctx.axes)
-    if not x.numel():
-        x = grad.new_zeros(()).expand(*grad.shape[:2], *_ins(ctx.axes))
-    with torch.enable_grad():
-        inputs = [
-            None if t is None else t.detach().requires_grad_() for t in (grad, x, weights, params)
-        ]
-        g, v, w, p = inputs
+    inputs = (grad, _kept_or_zeros(x, grad, ctx.axes), weights, params)
+
+    def first(*given: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(given)
+        g, v, w, p = (None if t is None else next(rest) for t in inputs)
         assert g is not None
         assert v is not None
         made = reference.composite_accumulate_backward(
             g, v, mask, w, p, kind, axes, ctx.needs, starts
         )
-        pairs = [
-            (made_one, o)
-            for made_one, o in zip(made, outer, strict=True)
-            if made_one is not None and o is not None and o.numel()
-        ]
-        wanted = [t for t in inputs if t is not None]
-        found = torch.autograd.grad(
-            [m for m, _ in pairs], wanted, [o.to(m.dtype) for m, o in pairs], allow_unused=True
-        )
-    grads = iter(found)
-    gg, gx, gw, gp = (None if t is None else next(grads) for t in inputs)
+        return tuple(m for m in made if m is not None)
+
+    # Not torch.autograd.grad: what it gives here could not be differentiated once more.
+    made, pull = torch.func.vjp(  # type: ignore[misc]
+        first, *(t for t in inputs if t is not None)
+    )
+    above = [o for o, need in zip(outer, ctx.needs, strict=True) if need]
+    found = iter(pull(tuple(o.to(m.dtype) for o, m in zip(above, made, strict=True))))
+    gg, gx, gw, gp = (None if t is None else next(found) for t in inputs)
     return (
         gg,
-        gx if ctx.saved_tensors[1].numel() else None,
+        gx if x.numel() else None,
         None,
         gw,
         gp,
