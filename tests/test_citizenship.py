@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 import torchpool as tp
 from torchpool import ops
@@ -131,6 +132,39 @@ def test_functional_transforms(reduction):
     torch.testing.assert_close(torch.autograd.grad(loss(leaf), leaf)[0], each[0])
 
 
+def _along(transform, gradient, upstream, direction):
+    """The directional derivative of a gradient by what comes from above."""
+    if transform == "torch.func.jvp":
+        return torch.func.jvp(gradient, (upstream,), (direction,))[1]
+    with forward_ad.dual_level():
+        found = gradient(forward_ad.make_dual(upstream, direction))
+        return forward_ad.unpack_dual(found).tangent
+
+
+@pytest.mark.parametrize("transform", ["dual_level", "torch.func.jvp"])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([4, 6])], ids=["grid", "ragged"])
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
+def test_a_gradient_carries_the_tangent_of_what_comes_from_above(reduction, lengths, transform):
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    weights = None if isinstance(reduction, (tp.Max, tp.Min)) else torch.rand_like(x) + 0.5
+    y = tp.pool(x, reduction, tp.Window(3, 2, 1), weights=weights, lengths=lengths)
+    upstream, direction = torch.randn_like(y), torch.randn_like(y)
+    leaf = upstream.clone().requires_grad_()
+    (gx,) = torch.autograd.grad(y, x, leaf, create_graph=True)
+
+    def gradient(g):
+        return torch.autograd.grad(y, x, g, retain_graph=True)[0]
+
+    def gradient_of_gradient(g):
+        return torch.autograd.grad(gx, leaf, g, retain_graph=True)[0]
+
+    # Both are linear in what comes from above.
+    found = _along(transform, gradient, upstream, direction)
+    torch.testing.assert_close(found, gradient(direction))
+    found = _along(transform, gradient_of_gradient, torch.randn_like(x), x.detach())
+    torch.testing.assert_close(found, gradient_of_gradient(x.detach()))
+
+
 PLAIN = {
     tp.Max(): lambda x: F.max_pool2d(x, 2, 1),
     tp.Mean(): lambda x: F.avg_pool2d(x, 2, 1),
@@ -152,6 +186,26 @@ def test_third_derivatives(reduction):
             total = derivative.square().sum()
         found.append(torch.autograd.grad(total, leaf)[0])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("reduction", PLAIN, ids=str)
+def test_forward_over_reverse(reduction):
+    x, v = (torch.randn(1, 2, 3, 4, dtype=torch.float64) for _ in range(2))
+
+    def loss(t):
+        return tp.pool(t, reduction, tp.Window(2, 1)).pow(3).sum()
+
+    def plain_loss(t):
+        return PLAIN[reduction](t).pow(3).sum()
+
+    wanted = torch.autograd.functional.hessian(plain_loss, x)
+    torch.testing.assert_close(torch.func.hessian(loss)(x), wanted)
+    _, tangent = torch.func.jvp(torch.func.grad(loss), (x,), (v,))
+    torch.testing.assert_close(tangent, torch.einsum("abcdefgh,efgh->abcd", wanted, v))
+    leaf = x.clone().requires_grad_()
+    with forward_ad.dual_level():
+        (found,) = torch.autograd.grad(loss(forward_ad.make_dual(leaf, v)), leaf)
+        torch.testing.assert_close(forward_ad.unpack_dual(found).tangent, tangent)
 
 
 def test_autocast_copies_and_pickles():

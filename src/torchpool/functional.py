@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from torchpool import ops, ragged, small
@@ -629,7 +628,7 @@ def _needs_composite() -> bool:
     or torch.func's derivatives."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    if forward_ad._current_level >= 0:
+    if ops.in_forward_mode():
         return True
     transforms = torch._C._functorch.get_interpreter_stack()
     return transforms is not None and any(

@@ -179,17 +179,25 @@ def ready(x: Tensor, reduction: Selection | Accumulation, axes: tuple[Axis, ...]
     return None if prepare is None else prepare(x, reduction, axes)
 
 
-def _past_the_dispatcher(name: str, kernel: Any, count: int) -> Any:
-    """An operator of `count` tensors and more, called directly where nothing else has anything to
-    do."""
+def _past_the_dispatcher(name: str, kernel: Any, composite: Any, count: int) -> Any:
+    """An operator of `count` tensors and more: called directly where nothing else has anything to
+    do, and written out as its composite where a tangent may come with them, which an operator
+    would drop."""
     operator = getattr(torch.ops.torchpool, name)
 
     def call(*args: Any) -> Any:
         tensors = args[:count]
-        bare = _is_plain(*tensors) and not _is_watched(*tensors)
-        return kernel(*args) if bare else operator(*args)
+        if _is_plain(*tensors) and not _is_watched(*tensors):
+            return kernel(*args)
+        return composite(*args) if in_forward_mode() else operator(*args)
 
     return call
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents: torch's level of dual numbers is open, by
+    `forward_ad.dual_level` or by `torch.func.jvp` and what is built on it."""
+    return forward_ad._current_level >= 0
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
@@ -199,7 +207,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
+        or in_forward_mode()
         or torch._C._autograd._profiler_enabled()
     ):
         return False
@@ -354,8 +362,54 @@ for _name, _kernel in {
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
-_call_select_backward = _past_the_dispatcher("select_backward", _select_backward, 3)
-_call_accumulate_backward = _past_the_dispatcher("accumulate_backward", _accumulate_backward, 7)
+# Composites of the gradients: ordinary operators, through which tangents pass
+
+
+def _composite_select_backward(
+    grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[int]
+) -> Tensor:
+    return reference.select_backward(grad, state, starts, unpack(axes))
+
+
+def _composite_accumulate_backward(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    params: Tensor | None,
+    starts: Tensor | None,
+    stats: Tensor,
+    reduction: str,
+    axes: Sequence[int],
+    channels_last: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    gx, gw, gp = reference.composite_accumulate_backward(
+        grad,
+        _kept_or_zeros(x, grad, axes),
+        mask,
+        weights,
+        params,
+        from_spec(reduction),
+        unpack(axes),
+        needs,
+        starts,
+    )
+    return None if gx is None else layout.to_layout(gx.to(grad.dtype), channels_last), gw, gp
+
+
+def _kept_or_zeros(x: Tensor, grad: Tensor, axes: Sequence[int]) -> Tensor:
+    """The input, or zeros of its shape where it was not kept because no gradient reads it."""
+    return x if x.numel() else grad.new_zeros(()).expand(*grad.shape[:2], *_ins(axes))
+
+
+_call_select_backward = _past_the_dispatcher(
+    "select_backward", _select_backward, _composite_select_backward, 3
+)
+_call_select_take = _past_the_dispatcher("select_take", _select_take, _select_take, 3)
+_call_accumulate_backward = _past_the_dispatcher(
+    "accumulate_backward", _accumulate_backward, _composite_accumulate_backward, 7
+)
 
 
 # Fakes
@@ -461,12 +515,12 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _select_backward_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     state, starts = ctx.saved_tensors
-    return torch.ops.torchpool.select_take(grad, state, starts, ctx.axes), None, None, None
+    return _call_select_take(grad, state, starts, ctx.axes), None, None, None
 
 
 def _select_take_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     state, starts = ctx.saved_tensors
-    return torch.ops.torchpool.select_backward(grad, state, starts, ctx.axes), None, None, None
+    return _call_select_backward(grad, state, starts, ctx.axes), None, None, None
 
 
 def _save_accumulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -523,11 +577,6 @@ def _save_accumulate_backward(
 ) -> None:
     grad, x, mask, weights, params, starts, _, ctx.reduction, ctx.axes, _, ctx.needs = inputs
     ctx.save_for_backward(grad, x, mask, weights, params, starts)
-
-
-def _kept_or_zeros(x: Tensor, grad: Tensor, axes: Sequence[int]) -> Tensor:
-    """The input, or zeros of its shape where it was not kept because no gradient reads it."""
-    return x if x.numel() else grad.new_zeros(()).expand(*grad.shape[:2], *_ins(axes))
 
 
 def _accumulate_double_grad(ctx: Any, *outer: Any) -> tuple[Any, ...]:
