@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from ctrl_c import press_and_lose
 from torch import nn
 
 import torchpool as tp
-from torchpool import cli, plot
+from torchpool import cli, interruption, plot
 from torchpool.bench import contest, groups, model, peers, report, tables, targets, truth
 from torchpool.bench.contest import Contender, Outcome, Result, Row
 from torchpool.bench.shapes import Problem, problems, window
@@ -307,6 +308,34 @@ def test_the_command_measures_writes_and_shows(tmp_path: Path, bench: Bench):
     status, out, err = bench("--from", "small.json")
     assert status == 0, err
     assert "1x1x4x4" in out
+
+
+def test_ctrl_c_that_a_contender_loses_ends_the_run_and_keeps_its_rows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    ran: list[int] = []
+    finished = report.Step("finished", lambda: [_result("forward", "finished", torchpool=1)])
+    others: dict[str, Callable[[], Contender]] = {
+        "losing": lambda: Contender(lambda i: press_and_lose(), lambda result: None),
+        "next": lambda: _contender(times=ran),
+    }
+    interrupted = report.Step("lost", lambda: [contest.contend(_row(**others), 0.001)])
+    after = report.Step("after", lambda: ran.append(0) or [])
+    monkeypatch.setattr(report, "plan", lambda *_: [finished, interrupted, after])
+    status, out, err = bench("--out", "some.json")
+    assert status == 0, err
+    assert "Stopped: the rows that were finished follow." in out
+    assert [row["name"] for row in json.loads((tmp_path / "some.json").read_text())["rows"]] == [
+        "finished"
+    ]
+    assert ran == []
+
+
+def test_ctrl_c_that_is_lost_between_samples_ends_the_row():
+    ran: list[int] = []
+    with interruption.noted(), pytest.raises(KeyboardInterrupt):
+        in_turns([Call(lambda i: press_and_lose()), Call(ran.append)], 0.001)
+    assert ran == []
 
 
 MODEL = """

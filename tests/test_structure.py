@@ -19,7 +19,7 @@ FLOORS = [
     {"nn", "segments"},
     {"convert", "streaming"},
     {"analysis", "gallery"},
-    {"plot"},
+    {"plot", "interruption"},
     {"study", "bench"},
     {"cli"},
 ]

@@ -297,14 +297,6 @@ def test_an_interrupted_study_loses_nothing(tmp_path):
     assert "4 of 4 trials are stored" in again.stdout or "3 of 4" in again.stdout
 
 
-def test_an_interruption_is_noted_where_python_drops_it():
-    before = signal.getsignal(signal.SIGINT)
-    with experiment._interruptions() as noted, contextlib.suppress(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-    assert noted == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 def test_a_trial_that_another_process_has_finished_meanwhile(tmp_path, monkeypatch):
     plan = experiment.Plan(ImageTask(data.digits()), ("max",), 1, 1)
     mine = experiment.Experiment(plan, f"sqlite:///{tmp_path / 'trials.db'}")

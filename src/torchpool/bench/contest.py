@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchpool import interruption
 from torchpool.bench.peers import NotOffered
 from torchpool.bench.timing import Call, Timing, in_turns
 
@@ -114,6 +115,7 @@ def contend(row: Row, budget: float) -> Result:
     ready: dict[str, Contender] = {}
     for name, make in row.build().items():
         made = _checked(make)
+        interruption.heed()
         if isinstance(made, Outcome):
             outcomes[name] = made
         else:

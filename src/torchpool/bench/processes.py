@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchpool import functional
+from torchpool import functional, interruption
 from torchpool.bench.contest import OURS, Outcome, Result
 from torchpool.bench.shapes import LAYOUTS
 from torchpool.reductions import LogMeanExp, Lp, Max, Mean, PowerMean, Reduction, SoftmaxMean, Var
@@ -57,6 +57,7 @@ def _outcome(samples: tuple[float, ...]) -> Outcome:
 
 
 def _json_of(code: str) -> Any:
+    interruption.heed()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"a process of the benchmark failed: {done.stderr.strip()[-400:]}")

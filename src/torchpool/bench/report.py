@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from torchpool import interruption
 from torchpool.bench import peers, processes
 from torchpool.bench.contest import Outcome, Result, Row, contend
 from torchpool.bench.groups import GROUPS, Settings
@@ -90,12 +91,19 @@ def _run(row: Row, settings: Settings) -> list[Result]:
 def measure(
     steps: Sequence[Step], on_step: Callable[[str], None] = lambda name: None
 ) -> Iterator[list[Result]]:
-    """Runs steps one after the other; `on_step` is told each before it begins."""
+    """Runs steps one after the other; `on_step` is told each before it begins.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; what the step at work has found is not to be trusted.
+    """
     before = torch.get_num_threads()
     try:
-        for step in steps:
-            on_step(step.name)
-            yield step.run()
+        with interruption.noted():
+            for step in steps:
+                on_step(step.name)
+                found = step.run()
+                interruption.heed()
+                yield found
     finally:
         torch.set_num_threads(before)
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from torchpool import interruption
+
 SHORTEST = 2e-3
 """Seconds that one sample lasts at least: shorter calls are repeated within it."""
 SLOW = 1.0
@@ -42,6 +44,7 @@ class Timing(NamedTuple):
 
 def _sample(call: Call, first: int, repeats: int) -> float:
     """Mean seconds of a call, over `repeats` calls in a row."""
+    interruption.heed()
     time.sleep(SETTLE)
     if call.before is not None:
         call.before()

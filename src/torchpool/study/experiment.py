@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torchpool import interruption
 from torchpool.study.task import Task
 from torchpool.study.trial import Cost, Score, measure, train
 
@@ -103,26 +101,6 @@ def _persist(attempt: Callable[[], Any], times: int = 5) -> Any:
         except Exception:  # every database has exceptions of its own
             time.sleep(0.5)
     return attempt()
-
-
-@contextmanager
-def _interruptions() -> Iterator[list[int]]:
-    """Notes every Ctrl-C, besides what it does: Python drops the exception where it meets a
-    finalizer."""
-    noted: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        noted.append(number)
-        signal.default_int_handler(number, frame)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Experiment:
@@ -236,7 +214,7 @@ class Experiment:
             return score.accuracy
 
         self._enqueue_missing()
-        with _interruptions() as interruptions:
+        with interruption.noted():
             while True:
                 optuna.storages.fail_stale_trials(self.study)
                 if self._count("WAITING"):
@@ -247,8 +225,7 @@ class Experiment:
                     )  # another process is at work; its trial becomes stale if it dies
                 else:
                     break
-                if interruptions:
-                    raise KeyboardInterrupt
+                interruption.heed()
         for arm in self.plan.arms:
             if f"cost:{arm}" not in self.study.user_attrs:
                 cost = measure(arm.split("#")[0], self.plan.task, self.plan.device)
