@@ -133,12 +133,14 @@ def selects(geometry: Geometry, x: Tensor, reduction: tp.Selection, mask=None, b
     same(gpu.select(x, mask, None, reduction, axes, False)[0], want)
     if not x.dtype.is_floating_point:
         return
-    grad = layout.to_layout(torch.randn(y.shape).to(y), layout.is_channels_last(state))
-    sent = gpu.select_backward(grad, state, None, axes)
+    last = layout.is_channels_last(x)
+    grad = layout.to_layout(torch.randn(y.shape).to(y), last)
+    sent = gpu.select_backward(grad, state, None, axes, last)
+    assert layout.is_channels_last(sent) == last
     if mask is not None:  # as autograd does
         sent = sent.masked_fill(~mask, 0)
     same(sent, scattered(grad, indices, geometry.shape), x.dtype)
-    assert torch.equal(gpu.select_backward(grad, state, None, axes), sent) or mask is not None
+    assert torch.equal(gpu.select_backward(grad, state, None, axes, last), sent) or mask is not None
 
 
 def selection() -> None:
@@ -218,20 +220,20 @@ def accumulates(
         )
         same(y, want, x.dtype)
     assert y.stride() == layout.empty_like(x, y.shape[2:]).stride()
-    grad = layout.to_layout(torch.randn(y.shape).to(y), layout.is_channels_last(x))
+    last = layout.is_channels_last(x)
+    grad = layout.to_layout(torch.randn(y.shape).to(y), last)
     needs = [True, weights is not None, reduction.domain != -torch.inf]
     keeps_x = not reduction.linear or weights is not None
     args = (x if keeps_x else x.new_empty(0), mask, weights, params)
-    got = gpu.accumulate_backward(grad, *args, saved, reduction, axes, needs)
+    got = gpu.accumulate_backward(grad, *args, saved, reduction, axes, needs, last)
     wide = (x.double(), mask, weights, None if params is None else params.double())
     want = reference.accumulate_backward(
-        grad.double(), *wide, x.new_empty(0), reduction, axes, needs
+        grad.double(), *wide, x.new_empty(0), reduction, axes, needs, last
     )
     for g, w, need in zip(got, want, needs, strict=True):
         if need:
             same(g, w.cpu(), x.dtype)
-    if keeps_x:
-        assert got[0].stride() == x.stride()
+    assert layout.is_channels_last(got[0]) == last
 
 
 def accumulation() -> None:

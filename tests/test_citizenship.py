@@ -79,7 +79,8 @@ def test_operators_pass_opcheck(layout):
     torch.library.opcheck(own.select.default, (x, mask, None, tp.Max().spec, axes, True))
     y, state = own.select(x, None, None, tp.Max().spec, axes, True)
     grad = torch.randn_like(y).requires_grad_()
-    torch.library.opcheck(own.select_backward.default, (grad, state, None, axes))
+    channels_last = layout == torch.channels_last
+    torch.library.opcheck(own.select_backward.default, (grad, state, None, axes, channels_last))
     torch.library.opcheck(own.select_take.default, (x, state, None, axes))
     for reduction, p in ((tp.Mean(), None), (tp.SoftmaxMean(), torch.ones(1, requires_grad=True))):
         spec = reduction.spec
@@ -88,7 +89,6 @@ def test_operators_pass_opcheck(layout):
         )
         y, stats = own.accumulate(x, None, None, p, None, spec, axes, True)
         grad = torch.randn_like(y).requires_grad_()
-        channels_last = layout == torch.channels_last
         arguments = (
             grad,
             x,

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from torchpool import Max, Mean, Min, SoftmaxMean, Sum, Window, pool
-from torchpool.kernels import cpu, layout
+from torchpool.kernels import cpu, layout, reference
 from torchpool.kernels.cpu import threads
 from torchpool.reductions import Accumulation
 from torchpool.windows import Adaptive, Global, Windows
@@ -68,13 +68,13 @@ def numbers(
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills what kernels shall write with values that no result has."""
-    original = layout.empty_like
+    original = layout.empty
 
     def poison(*args: Any) -> torch.Tensor:
         made = original(*args)
         return made.fill_(float("nan") if made.dtype.is_floating_point else 77)
 
-    monkeypatch.setattr(layout, "empty_like", poison)
+    monkeypatch.setattr(layout, "empty", poison)
 
 
 def flat_winners(
@@ -114,7 +114,8 @@ def test_selection(shape: tuple[int, ...], windows: Windows, channels_last: bool
         for at in np.ndindex(*y.shape):
             if indices[at] >= 0:
                 expected[at[0], at[1], indices[at]] += grad[at].item()
-        gx = cpu.select_backward(grad, state, None, axes)
+        gx = cpu.select_backward(grad, state, None, axes, channels_last)
+        assert layout.is_channels_last(gx) == layout.is_channels_last(x)
         np.testing.assert_allclose(gx.numpy(), expected.reshape(shape), rtol=1e-5, atol=1e-6)
 
 
@@ -132,12 +133,42 @@ def test_linear_accumulation(shape: tuple[int, ...], windows: Windows, channels_
         # The adjoint: <pool(x), g> = <x, backward(g)>.
         grad = layout.to_layout(numbers(tuple(y.shape), torch.float32), channels_last)
         gx, _, _ = cpu.accumulate_backward(
-            grad, x[:0], None, None, None, stats, reduction, axes, [True, False, False]
+            grad,
+            x[:0],
+            None,
+            None,
+            None,
+            stats,
+            reduction,
+            axes,
+            [True, False, False],
+            channels_last,
         )
-        assert gx.shape == x.shape
+        assert layout.is_channels_last(gx) == layout.is_channels_last(x)
         torch.testing.assert_close(
             (y.double() * grad).sum(), (x.double() * gx).sum(), rtol=1e-5, atol=1e-4
         )
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("windows", [Global(), Adaptive(1), Window(5, stride=1)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_gradients_of_one_window_lie_as_the_input_does(
+    windows: Windows, channels_last: bool
+) -> None:
+    x = numbers((2, 3, 5, 5), torch.float64, channels_last)
+    axes, needs = windows.axes(x.shape[2:]), [True, False, False]
+    beta = torch.full((3,), 0.5, dtype=torch.float64)
+    _, state = cpu.select(x, None, None, Max(), axes, True)
+    grad = torch.tensor([[[[1.0]], [[2.0]], [[-3.0]]]] * 2, dtype=torch.float64)
+    pairs = [[b.select_backward(grad, state, None, axes, channels_last) for b in (cpu, reference)]]
+    for reduction, p in ((Sum(), None), (Mean(), None), (SoftmaxMean(), beta)):
+        stats = cpu.accumulate(x, None, None, p, reduction, axes, True)[1]
+        given = (grad, x, None, None, p, stats, reduction, axes, needs, channels_last)
+        pairs.append([b.accumulate_backward(*given)[0] for b in (cpu, reference)])
+    for gx, wanted in pairs:
+        assert gx.stride() == wanted.stride() == x.stride()
+        torch.testing.assert_close(gx, wanted)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -153,7 +184,7 @@ def test_dtypes(dtype: torch.dtype, channels_last: bool) -> None:
             y.double().numpy(), oracle.pool(x.double().numpy(), taps, "Max")[0]
         )
         grad = layout.to_layout(numbers(tuple(y.shape), dtype), channels_last)
-        gx = cpu.select_backward(grad, state, None, axes)
+        gx = cpu.select_backward(grad, state, None, axes, channels_last)
         assert gx.double().sum() == grad.double().sum()
         y, stats = cpu.accumulate(x, None, None, None, Mean(), axes, True)
         np.testing.assert_allclose(
@@ -163,7 +194,7 @@ def test_dtypes(dtype: torch.dtype, channels_last: bool) -> None:
             atol=tolerance,
         )
         gx, _, _ = cpu.accumulate_backward(
-            grad, x[:0], None, None, None, stats, Mean(), axes, [True, False, False]
+            grad, x[:0], None, None, None, stats, Mean(), axes, [True, False, False], channels_last
         )
         torch.testing.assert_close(
             (y.double() * grad).sum(), (x.double() * gx).sum(), rtol=tolerance, atol=30 * tolerance
@@ -273,7 +304,7 @@ def test_formula_gradients(reduction: Accumulation, channels_last: bool) -> None
         return (cpu.accumulate(x, None, w, p, reduction, axes, False)[0] * grad).sum()
 
     gx, gw, gp = cpu.accumulate_backward(
-        grad, x, None, weights, params, stats, reduction, axes, [True, True, True]
+        grad, x, None, weights, params, stats, reduction, axes, [True, True, True], channels_last
     )
     assert slope(lambda t: loss(t, weights, params), x, by_x) == pytest.approx(
         float((gx * by_x).sum()), rel=1e-5
@@ -309,16 +340,17 @@ def test_masked_selection_and_mean() -> None:
 def everything(x: torch.Tensor) -> list[torch.Tensor]:
     """Results of every kernel, forward and backward."""
     axes = Window(3, stride=2, padding=1).axes(x.shape[2:])
+    last = layout.is_channels_last(x)
     y, state = cpu.select(x, None, None, Max(), axes, True)
     mean, stats = cpu.accumulate(x, None, None, None, Mean(), axes, True)
-    grads = [cpu.select_backward(y, state, None, axes)]
+    grads = [cpu.select_backward(y, state, None, axes, last)]
     grads += cpu.accumulate_backward(
-        mean, x, None, None, None, stats, Mean(), axes, [True, False, False]
+        mean, x, None, None, None, stats, Mean(), axes, [True, False, False], last
     )
     beta = torch.ones(1)
     soft, stats = cpu.accumulate(x, None, None, beta, SoftmaxMean(), axes, True)
     grads += cpu.accumulate_backward(
-        soft, x, None, None, beta, stats, SoftmaxMean(), axes, [True, False, True]
+        soft, x, None, None, beta, stats, SoftmaxMean(), axes, [True, False, True], last
     )
     return [y, state, mean, soft, *grads]
 
@@ -420,15 +452,14 @@ def test_nothing_is_written_beside_the_result(dtype, channels_last, monkeypatch)
     """LLVM 22 stores 32 bits past the end where it knows that one 16-bit lane is masked in."""
     guard, buffers = 64, []
 
-    def guarded(x, sizes, dtype=None):
-        shape = (x.shape[0], *sizes, x.shape[1]) if last(x) else (*x.shape[:2], *sizes)
+    def guarded(x, sizes, last, dtype=None):
+        shape = (x.shape[0], *sizes, x.shape[1]) if last else (*x.shape[:2], *sizes)
         count = math.prod(shape)
         buffers.append(torch.full((count + 2 * guard,), 7, dtype=dtype or x.dtype))
         made = buffers[-1][guard : guard + count].view(shape)
-        return made.movedim(-1, 1) if last(x) else made
+        return made.movedim(-1, 1) if last else made
 
-    last = layout.is_channels_last
-    monkeypatch.setattr(layout, "empty_like", guarded)
+    monkeypatch.setattr(layout, "empty", guarded)
     x = torch.randn(2, 3, 7, 9).to(dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     x.requires_grad_()

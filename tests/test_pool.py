@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import (
     ACCUMULATIONS,
     GEOMETRIES,
@@ -108,6 +109,32 @@ def test_gradients(backend, name, reduction):
 
     assert torch.autograd.gradcheck(run, x)
     assert torch.autograd.gradcheck(lambda t: tp.pool(t, reduction, geometry.windows, mask=mask), x)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "theirs"),
+    [
+        (tp.Mean(), lambda x: F.avg_pool2d(x, 7)),
+        (tp.Max(), lambda x: F.max_pool2d(x, 7)),
+        (tp.Lp(2.0), lambda x: F.lp_pool2d(x, 2.0, 7)),
+    ],
+    ids=["Mean", "Max", "Lp"],
+)
+@pytest.mark.parametrize("windows", [tp.Global(), tp.Adaptive(1), tp.Window(7, 1)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_one_window_lies_as_the_input_does(
+    backend, layout, windows, reduction, theirs
+):
+    x = numbers((2, 5, 7, 7), 8).contiguous(memory_format=layout).requires_grad_()
+    y = tp.pool(x, reduction, windows)
+    upstream = torch.randn_like(y).requires_grad_()
+    (gx,) = torch.autograd.grad(y, x, upstream, create_graph=True)
+    assert gx.stride() == x.stride()
+    wanted = theirs(x)
+    (wanted_gx,) = torch.autograd.grad(wanted, x, upstream, create_graph=True)
+    torch.testing.assert_close((y, gx), (wanted, wanted_gx))
+    second = [torch.autograd.grad(g.square().sum(), upstream)[0] for g in (gx, wanted_gx)]
+    torch.testing.assert_close(*second)
 
 
 @pytest.mark.parametrize("reduction", [*SELECTIONS, *ACCUMULATIONS], **names)

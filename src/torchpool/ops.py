@@ -42,7 +42,8 @@ _library.define(
     "SymInt[] axes, bool save) -> (Tensor, Tensor)"
 )
 _library.define(
-    "select_backward(Tensor grad, Tensor state, Tensor? starts, SymInt[] axes) -> Tensor"
+    "select_backward(Tensor grad, Tensor state, Tensor? starts, SymInt[] axes, "
+    "bool channels_last) -> Tensor"
 )
 _library.define("select_take(Tensor x, Tensor state, Tensor? starts, SymInt[] axes) -> Tensor")
 _library.define(
@@ -251,13 +252,17 @@ def _run_select(
 
 
 def _select_backward(
-    grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[int]
+    grad: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+    axes: Sequence[int],
+    channels_last: bool,
 ) -> Tensor:
-    grad = layout.to_layout(grad, layout.is_channels_last(state))
+    grad, state = (layout.to_layout(t, channels_last) for t in (grad, state))
     windows = unpack(axes)
     case = (grad, None, starts, Max(), windows)
     backend = _backend("select", grad.device, *case, table=reference.is_table(starts))
-    result: Tensor = backend.select_backward(grad, state, starts, windows)
+    result: Tensor = backend.select_backward(grad, state, starts, windows, channels_last)
     return result
 
 
@@ -321,32 +326,17 @@ def _accumulate_backward(
     grad = layout.to_layout(grad, channels_last)
     kind, windows = from_spec(reduction), unpack(axes)
     x = layout.to_layout(x, channels_last) if x.numel() else x
+    case = (x if x.numel() else grad, mask, weights, params, kind, windows)
+    given = (grad, x, mask, weights, params, stats, kind, windows, needs, channels_last)
     if starts is not None:
-        case = (x if x.numel() else grad, mask, weights, params, kind, windows)
         backend = _from_starts(starts, grad.device, *case)
-        # One output leaves the layout of grad open.
-        told = {} if backend is reference else {"channels_last": channels_last}
-        gradients = backend.accumulate_backward(
-            grad, x, mask, weights, params, stats, kind, windows, needs, starts, **told
-        )
+        gx, gw, gp = backend.accumulate_backward(*given, starts)
     else:
-        backend = _backend(
-            "accumulate",
-            grad.device,
-            x if x.numel() else grad,
-            mask,
-            weights,
-            params,
-            kind,
-            windows,
-        )
-        gradients = backend.accumulate_backward(
-            grad, x, mask, weights, params, stats, kind, windows, needs
-        )
-    gx, gw, gp = gradients
+        backend = _backend("accumulate", grad.device, *case)
+        gx, gw, gp = backend.accumulate_backward(*given)
     dtype = layout.compute_dtype(grad.dtype)
     return (
-        layout.to_layout(gx, channels_last) if needs[0] else grad.new_empty(0),
+        gx if needs[0] else grad.new_empty(0),
         gw.to(dtype).contiguous() if needs[1] else grad.new_empty(0, dtype=dtype),
         gp if needs[2] else grad.new_empty(0, dtype=dtype),
     )
@@ -366,9 +356,13 @@ for _name, _kernel in {
 
 
 def _composite_select_backward(
-    grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[int]
+    grad: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+    axes: Sequence[int],
+    channels_last: bool,
 ) -> Tensor:
-    return reference.select_backward(grad, state, starts, unpack(axes))
+    return reference.select_backward(grad, state, starts, unpack(axes), channels_last)
 
 
 def _composite_accumulate_backward(
@@ -431,8 +425,10 @@ def _fake_select(
     return y, layout.empty_like(x, _outs(axes), dtype) if save else x.new_empty(0, dtype=dtype)
 
 
-def _fake_select_backward(grad: Tensor, state: Tensor, starts: Any, axes: Sequence[int]) -> Tensor:
-    return layout.empty_like(state, _ins(axes), grad.dtype)
+def _fake_select_backward(
+    grad: Tensor, state: Tensor, starts: Any, axes: Sequence[int], channels_last: bool
+) -> Tensor:
+    return layout.empty(grad, _ins(axes), channels_last)
 
 
 def _fake_select_take(x: Tensor, state: Tensor, starts: Any, axes: Sequence[int]) -> Tensor:
@@ -470,7 +466,7 @@ def _fake_accumulate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (*grad.shape[:2], *_ins(axes))
     dtype = layout.compute_dtype(grad.dtype)
-    gx = layout.to_layout(grad.new_empty(shape), channels_last) if needs[0] else grad.new_empty(0)
+    gx = layout.empty(grad, _ins(axes), channels_last) if needs[0] else grad.new_empty(0)
     gw = grad.new_empty(shape if needs[1] else (0,), dtype=dtype)
     gp = grad.new_empty(params.shape if needs[2] and params is not None else (0,), dtype=dtype)
     return gx, gw, gp
@@ -491,7 +487,8 @@ for _name, _fake in _fakes.items():
 
 
 def _save_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, mask, starts, _, ctx.axes, save = inputs
+    x, mask, starts, _, ctx.axes, save = inputs
+    ctx.channels_last = layout.is_channels_last(x)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1] if save else None, mask, starts)
 
@@ -503,24 +500,31 @@ def _select_grad(ctx: Any, grad: Tensor, _state: Any) -> tuple[Any, ...]:
             "torchpool::select was called with save=False, so it cannot "
             "be differentiated; call it through tp.pool"
         )
-    gx = _call_select_backward(grad, state, starts, ctx.axes)
+    gx = _call_select_backward(grad, state, starts, ctx.axes, ctx.channels_last)
     # A window with no valid element points to its first element: that gets nothing.
     return gx if mask is None else gx.masked_fill(~mask, 0), None, None, None, None, None
 
 
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, state, starts, ctx.axes = inputs
+def _save_select_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, state, starts, ctx.axes, _ = inputs
     ctx.save_for_backward(state, starts)
 
 
 def _select_backward_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     state, starts = ctx.saved_tensors
-    return _call_select_take(grad, state, starts, ctx.axes), None, None, None
+    return _call_select_take(grad, state, starts, ctx.axes), None, None, None, None
+
+
+def _save_select_take(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, state, starts, ctx.axes = inputs
+    ctx.channels_last = layout.is_channels_last(x)
+    ctx.save_for_backward(state, starts)
 
 
 def _select_take_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     state, starts = ctx.saved_tensors
-    return _call_select_backward(grad, state, starts, ctx.axes), None, None, None
+    gx = _call_select_backward(grad, state, starts, ctx.axes, ctx.channels_last)
+    return gx, None, None, None
 
 
 def _save_accumulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -641,10 +645,13 @@ torch.library.register_autograd(
     "torchpool::select", _select_grad, setup_context=_save_select, lib=_library
 )
 torch.library.register_autograd(
-    "torchpool::select_backward", _select_backward_grad, setup_context=_save_linear, lib=_library
+    "torchpool::select_backward",
+    _select_backward_grad,
+    setup_context=_save_select_backward,
+    lib=_library,
 )
 torch.library.register_autograd(
-    "torchpool::select_take", _select_take_grad, setup_context=_save_linear, lib=_library
+    "torchpool::select_take", _select_take_grad, setup_context=_save_select_take, lib=_library
 )
 torch.library.register_autograd(
     "torchpool::accumulate", _accumulate_grad, setup_context=_save_accumulate, lib=_library

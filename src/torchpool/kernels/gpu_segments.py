@@ -358,15 +358,15 @@ def select(
     return y, state
 
 
-def select_backward(grad: Tensor, state: Tensor, starts: Tensor, axes: Sequence[Axis]) -> Tensor:
+def select_backward(
+    grad: Tensor, state: Tensor, starts: Tensor, axes: Sequence[Axis], channels_last: bool
+) -> Tensor:
     """Sends the gradient of each window to its winner; see `reference.select_backward`."""
     size, step = axes[0].in_size, axes[0].dilation
-    gx = layout.empty_like(state, [size], grad.dtype)
+    gx = layout.empty(grad, [size], channels_last)
     if not grad.numel():
         return gx.zero_()
-    channels_last = layout.is_channels_last(state)
     launch = _launch(state, starts, channels_last)
-    grad = layout.to_layout(grad, channels_last)
     rows = triton.cdiv(size, launch.tile["ROWS"])
     with _on(grad):
         select_backward_kernel[(grad.shape[0] * rows * launch.blocks,)](
@@ -471,14 +471,6 @@ def accumulate(
     return y, stats
 
 
-def _room(grad: Tensor, size: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """An uninitialised (N, C, size) in the given layout."""
-    n, c = grad.shape[:2]
-    if channels_last:
-        return grad.new_empty((n, size, c), dtype=dtype).movedim(-1, 1)
-    return grad.new_empty((n, c, size), dtype=dtype)
-
-
 def accumulate_backward(
     grad: Tensor,
     x: Tensor,
@@ -489,8 +481,8 @@ def accumulate_backward(
     reduction: Accumulation,
     axes: Sequence[Axis],
     needs: Sequence[bool],
-    starts: Tensor,
     channels_last: bool,
+    starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weights and params; those not needed come as empty tensors."""
     size, step = axes[0].in_size, axes[0].dilation
@@ -498,13 +490,13 @@ def accumulate_backward(
     shape = (*grad.shape[:2], size)
     call = _call(shape, channels_last, mask, weights, params, reduction, grad)
     empty = grad.new_empty(0, dtype=dtype)
-    gx = _room(grad, size, grad.dtype, channels_last) if needs[0] else grad.new_empty(0)
-    gw = _room(grad, size, dtype, channels_last) if needs[1] else empty
+    gx = layout.empty(grad, [size], channels_last) if needs[0] else grad.new_empty(0)
+    gw = layout.empty(grad, [size], channels_last, dtype) if needs[1] else empty
     if not grad.numel():
         return gx.zero_(), gw.zero_(), torch.zeros_like(call.params) if needs[2] else empty
     if not stats.numel() and call.weights is not None:
         stats = grad.new_zeros((reduction.num_sums + 2, *grad.shape), dtype=dtype)
-        x = x if x.numel() else _room(grad, size, grad.dtype, channels_last).zero_()
+        x = x if x.numel() else layout.empty(grad, [size], channels_last).zero_()
         _forward(x, torch.empty_like(grad), stats, call, reduction, axes[0], starts)
     share, through = _shares(grad.to(dtype).contiguous(), stats, call, reduction, starts)
     launch = _launch(grad, starts, channels_last)

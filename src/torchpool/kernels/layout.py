@@ -29,8 +29,16 @@ def dense(x: Tensor) -> Tensor:
 
 def empty_like(x: Tensor, sizes: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (N, C, *sizes) in the layout of x."""
+    return empty(x, sizes, is_channels_last(x), dtype)
+
+
+def empty(
+    x: Tensor, sizes: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """An uninitialised (N, C, *sizes) of the samples and channels of x in that layout, which x does
+    not tell where it has one position only."""
     n, c = x.shape[:2]
-    if is_channels_last(x):
+    if channels_last:
         return x.new_empty((n, *sizes, c), dtype=dtype).movedim(-1, 1)
     return x.new_empty((n, c, *sizes), dtype=dtype)
 

@@ -272,14 +272,17 @@ def select(
 
 
 def select_backward(
-    grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[Axis]
+    grad: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+    axes: Sequence[Axis],
+    channels_last: bool,
 ) -> Tensor:
-    """Sends the gradient of each window to its winner: (N, C, *O) -> (N, C, *S) in the layout of
-    the state."""
+    """Sends the gradient of each window to its winner: (N, C, *O) -> (N, C, *S), in that layout."""
     flat, inside = winners(state, starts, axes)
     values = torch.where(inside, grad, 0).to(layout.compute_dtype(grad.dtype))
     total = _scatter(values, flat, [axis.in_size for axis in axes])
-    return layout.to_layout(total.to(grad.dtype), layout.is_channels_last(state))
+    return layout.to_layout(total.to(grad.dtype), channels_last)
 
 
 def select_take(x: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[Axis]) -> Tensor:
@@ -506,10 +509,11 @@ def accumulate_backward(
     reduction: Accumulation,
     axes: Sequence[Axis],
     needs: Sequence[bool],
+    channels_last: bool,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, weights and params; those not needed come as empty tensors. The reference
-    reads no stats."""
+    """Gradients by x (in the layout of x, which `channels_last` tells), weights and params; those
+    not needed come as empty tensors. The reference reads no stats."""
     sizes = [axis.in_size for axis in axes]
     shape = (*grad.shape[:2], *sizes)
     if not x.numel():
@@ -531,7 +535,7 @@ def accumulate_backward(
             gp += terms.p
     if needs[2] and params is not None:
         gp = gp.sum(0, keepdim=True) if params.numel() == 1 else gp
-    return gx.to(grad.dtype) if needs[0] else gx, gw, gp
+    return layout.to_layout(gx.to(grad.dtype), channels_last) if needs[0] else gx, gw, gp
 
 
 def shares(

@@ -48,10 +48,10 @@ def _flat(x: Tensor, channels_last: bool) -> Any:
     return (x.view(torch.uint8) if x.dtype == torch.bool else x).numpy()
 
 
-def _plan(x: Tensor, axes: Sequence[Axis], joins: bool = False) -> Plan:
-    """How the windows of a dense x (N, C, ...) are visited."""
+def _plan(x: Tensor, axes: Sequence[Axis], channels_last: bool, joins: bool = False) -> Plan:
+    """How the windows of a dense x (N, C, ...) in that layout are visited."""
     n, c = x.shape[:2]
-    return plans.plan(tuple(axes), n, c, layout.is_channels_last(x), joins)
+    return plans.plan(tuple(axes), n, c, channels_last, joins)
 
 
 def _why_not(axes: Sequence[Axis]) -> str | None:
@@ -107,7 +107,8 @@ def select(
     state = torch.empty_like(y, dtype=dtype) if save else x.new_empty(0, dtype=dtype)
     if y.numel():
         tag = _LARGEST if reduction.largest else _SMALLEST
-        kept, plan = state if save or mask is not None else None, _plan(x, axes, True)
+        kept = state if save or mask is not None else None
+        plan = _plan(x, axes, layout.is_channels_last(x), True)
         _merge(tag, x, mask, y, kept, -1, 0.0, plan)
         if plan.has_empty:
             _clear_empty(y, axes)
@@ -134,7 +135,7 @@ def _merge(
     plan: Plan,
 ) -> None:
     """Values of windows that are merged, and the offsets of the winners into `state`."""
-    last = layout.is_channels_last(x)
+    last = plan.channels_last
     traffic = x.nbytes + y.nbytes
     if state is None and mask is None:
         job = _values(tag, x, column, divisor, plan)
@@ -192,7 +193,7 @@ def ready(
     dense = last or like.is_contiguous()
     if not dense or not like.numel() or not (selects or like.dtype.is_floating_point):
         return None
-    plan = _plan(like, axes, True)
+    plan = _plan(like, axes, last, True)
     if isinstance(reduction, Selection):
         job = _values(_LARGEST if reduction.largest else _SMALLEST, like, -1, 0.0, plan)
     else:
@@ -228,7 +229,7 @@ def _merge_directly(
     plan: Plan,
     traffic: int,
 ) -> None:
-    last = layout.is_channels_last(x)
+    last = plan.channels_last
     weights = None if mask is None else _flat(layout.to_layout(mask.expand(x.shape), last), last)
     kept = state
     if state is not None:
@@ -248,7 +249,7 @@ def _run_direct(
     plan: Plan,
     traffic: int,
 ) -> None:
-    last = layout.is_channels_last(x)
+    last = plan.channels_last
     threads.run(
         direct.direct,
         plan.rows_out,
@@ -271,19 +272,21 @@ def _run_direct(
 
 
 def select_backward(
-    grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[Axis]
+    grad: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+    axes: Sequence[Axis],
+    channels_last: bool,
 ) -> Tensor:
     """Sends the gradient of each window to its winner.
 
     Shape:
-        grad, state (N, C, *O) -> (N, C, *S) in the layout of the state
+        grad, state (N, C, *O) -> (N, C, *S), all in that layout
     """
-    last = layout.is_channels_last(state)
-    grad = layout.to_layout(grad, last)
-    gx = in_large_pages(layout.empty_like(state, [axis.in_size for axis in axes], grad.dtype))
+    gx = in_large_pages(layout.empty(grad, [axis.in_size for axis in axes], channels_last))
     if gx.numel():
-        plan = _plan(gx, axes)
-        kept = _flat(state, last)
+        plan = _plan(gx, axes, channels_last)
+        kept = _flat(state, channels_last)
         if plan.covers > _MANY_COVERS or plan.by_window:
             _scatter(grad, kept, gx, plan)
         else:
@@ -292,7 +295,7 @@ def select_backward(
 
 
 def _scatter(grad: Tensor, state: Any, gx: Tensor, plan: Plan) -> None:
-    last = layout.is_channels_last(gx)
+    last = plan.channels_last
     threads.run(
         scatter.scatter,
         plan.outer * plan.bands,
@@ -320,7 +323,7 @@ def _run_backward(
     divisor: float,
     plan: Plan,
 ) -> None:
-    last = layout.is_channels_last(gx)
+    last = plan.channels_last
     threads.run(
         gradients.backward,
         plan.outer * plan.bands,
@@ -401,13 +404,15 @@ def accumulate(
         y = in_large_pages(layout.empty_like(x, sizes))
         stats = layout.empty_stats(x, sizes, reduction, save)
         if y.numel():
-            _accumulate_formulas(x, mask, weights, params, reduction, y, stats, _plan(x, axes))
+            plan = _plan(x, axes, layout.is_channels_last(x))
+            _accumulate_formulas(x, mask, weights, params, reduction, y, stats, plan)
         return y, stats
     if not x.dtype.is_floating_point:
         return _accumulate_integers(x, reduction, axes)
     y = in_large_pages(layout.empty_like(x, sizes))
     if y.numel():
-        _merge(_TOTAL, x, None, y, None, *_divisor(reduction), _plan(x, axes, True))
+        plan = _plan(x, axes, layout.is_channels_last(x), True)
+        _merge(_TOTAL, x, None, y, None, *_divisor(reduction), plan)
     return y, layout.empty_stats(x, [], reduction, False)
 
 
@@ -417,7 +422,8 @@ def _accumulate_integers(
     """Sums in int64; a mean is cut towards zero, as torch does."""
     total = layout.empty_like(x, [axis.out_size for axis in axes], torch.int64)
     if total.numel():
-        _merge(_TOTAL, x.to(torch.int64), None, total, None, -1, 0.0, _plan(x, axes))
+        plan = _plan(x, axes, layout.is_channels_last(x))
+        _merge(_TOTAL, x.to(torch.int64), None, total, None, -1, 0.0, plan)
     stats = layout.empty_stats(x, [], reduction, False)
     column, divisor = _divisor(reduction)
     if column < 0:
@@ -467,7 +473,7 @@ def _accumulate_formulas(
     _run_direct(
         formulas.tag(kind, numbers),
         x,
-        _effective(x, mask, weights, dtype, layout.is_channels_last(x)),
+        _effective(x, mask, weights, dtype, plan.channels_last),
         numbers,
         y,
         stats.reshape(-1).numpy(),
@@ -487,15 +493,16 @@ def accumulate_backward(
     reduction: Accumulation,
     axes: Sequence[Axis],
     needs: Sequence[bool],
+    channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, weights and params; those not needed come as empty tensors."""
-    last = layout.is_channels_last(grad)
+    """Gradients by x, weights and params; those not needed come as empty tensors. grad and x lie in
+    that layout, and so does the gradient by x."""
     dtype = layout.compute_dtype(grad.dtype)
     empty = grad.new_empty(0, dtype=dtype)
-    gx = in_large_pages(layout.empty_like(grad, [axis.in_size for axis in axes]))
+    gx = in_large_pages(layout.empty(grad, [axis.in_size for axis in axes], channels_last))
     if _is_plain(reduction, mask, weights):
         if needs[0] and gx.numel():
-            _spread(grad, gx, reduction, axes)
+            _spread(grad, gx, reduction, axes, channels_last)
         return gx if needs[0] else grad.new_empty(0), empty, empty
     gw = torch.empty_like(gx, dtype=dtype) if weights is not None else empty
     if not grad.numel() or not gx.numel():
@@ -503,20 +510,20 @@ def accumulate_backward(
         return gx.zero_(), gw.zero_(), gp
     if not x.numel():
         x = torch.zeros_like(gx)
-    plan = _plan(gx, axes)
+    plan = _plan(gx, axes, channels_last)
     if not stats.numel():
         stats = grad.new_empty((reduction.num_sums + 2) * grad.numel(), dtype=dtype)
         y = torch.empty_like(grad)
         _accumulate_formulas(x, mask, weights, params, reduction, y, stats, plan)
     kind: Any = type(reduction)
-    array, numbers = _flat(x, last), _parameters(params, dtype)
+    array, numbers = _flat(x, channels_last), _parameters(params, dtype)
     tag, saved = formulas.tag(kind, numbers), stats.reshape(-1).numpy()
-    scale = _effective(x, mask, weights, dtype, last)
+    scale = _effective(x, mask, weights, dtype, channels_last)
     if needs[0] or needs[1]:
         by_weights = None
         if scale is not None:
             room = gw if gw.numel() else torch.empty_like(gx, dtype=dtype)
-            by_weights = _flat(room, last)
+            by_weights = _flat(room, channels_last)
         inputs = (array, scale, numbers, saved)
         divisor = _divisor(reduction)[1]
         _run_backward(tag, grad, *inputs, gx, by_weights, -1, divisor, plan)
@@ -524,13 +531,15 @@ def accumulate_backward(
     return gx, gw, gp
 
 
-def _spread(grad: Tensor, gx: Tensor, reduction: Accumulation, axes: Sequence[Axis]) -> None:
+def _spread(
+    grad: Tensor, gx: Tensor, reduction: Accumulation, axes: Sequence[Axis], channels_last: bool
+) -> None:
     """The gradient of a sum or mean: from each window to its elements, equally."""
-    plan = _plan(gx, axes)
+    plan = _plan(gx, axes, channels_last)
     column, divisor = _divisor(reduction)
     mirrored = [_mirrored(axis) for axis in axes]
     if plan.is_large and all(mirrored):
-        turned = _plan(grad, mirrored)  # type: ignore[arg-type]
+        turned = _plan(grad, mirrored, channels_last)  # type: ignore[arg-type]
         if column >= 0:
             grad = _over_counts(grad, reduction, axes)
         _merge(_TOTAL, grad, None, gx, None, -1, 0.0, turned)
@@ -567,7 +576,7 @@ def _by_parameter(
     """The gradient by the parameter: sums by channel in float64, in one order whatever the number
     of threads."""
     n, c = grad.shape[:2]
-    last = layout.is_channels_last(grad)
+    last = plan.channels_last
     by_p = np.empty(plan.rows_out * plan.inner, params.dtype)
     threads.run(
         direct.by_parameter,

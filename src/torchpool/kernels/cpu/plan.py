@@ -57,7 +57,7 @@ class Plan(NamedTuple):
     large and may be reduced axis by axis, `block` rows of outputs at a time, `overlaps` whether
     many windows share an element. `taps` is the size of a window; `covers` outputs cover an
     element at most. `planes_each` is how many planes of `outer` a channel has (0: channels are the
-    fastest axis). A band is so many positions along the leading axis.
+    fastest axis, `channels_last`). A band is so many positions along the leading axis.
     """
 
     geo: Any
@@ -67,6 +67,7 @@ class Plan(NamedTuple):
     rows_out: int
     planes_each: int
     taps: int
+    channels_last: bool
     by_channel: bool
     by_window: bool
     by_list: bool
@@ -180,6 +181,7 @@ def plan(
         outer * math.prod(int(out) for out in geo[:-1, OUT]),
         0 if channels_last else more_outer,
         math.prod(axis.kernel for axis in axes),
+        channels_last,
         inner > 1,
         inner == 1 and listed is None and (last.is_adaptive or is_long),
         listed is not None,

@@ -839,15 +839,15 @@ def select(
     return y.to(x.dtype), state.to(dtype)
 
 
-def select_backward(grad: Tensor, state: Tensor, starts: Tensor, axes: Sequence[Axis]) -> Tensor:
+def select_backward(
+    grad: Tensor, state: Tensor, starts: Tensor, axes: Sequence[Axis], channels_last: bool
+) -> Tensor:
     """Sends the gradient of each window to its winner; see `reference.select_backward`."""
-    channels_last = layout.is_channels_last(state)
     wide = layout.compute_dtype(grad.dtype)
-    gx = layout.empty_like(state, [axes[0].in_size], wide)
+    gx = layout.empty(grad, [axes[0].in_size], channels_last, wide)
     if gx.numel():
         batch = _batch(state, starts, axes[0], channels_last)
-        sent = layout.to_layout(grad.to(wide), channels_last)
-        arrays = [_flat(t, channels_last) for t in (sent, state.to(torch.int32), gx)]
+        arrays = [_flat(t, channels_last) for t in (grad.to(wide), state.to(torch.int32), gx)]
         traffic = gx.numel() * gx.element_size()
         blocks = batch.row_blocks(traffic)
         threads.run(
@@ -962,14 +962,6 @@ def _forward(call: _Call, y: Any, stats: Any, reduction: Accumulation) -> None:
     )  # fmt: skip
 
 
-def _room(grad: Tensor, size: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """An uninitialised (N, C, size) in the given layout."""
-    n, c = grad.shape[:2]
-    if channels_last:
-        return grad.new_empty((n, size, c), dtype=dtype).movedim(-1, 1)
-    return grad.new_empty((n, c, size), dtype=dtype)
-
-
 def accumulate_backward(
     grad: Tensor,
     x: Tensor,
@@ -980,14 +972,14 @@ def accumulate_backward(
     reduction: Accumulation,
     axes: Sequence[Axis],
     needs: Sequence[bool],
-    starts: Tensor,
     channels_last: bool,
+    starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weights and params; those not needed come as empty tensors."""
     dtype = layout.compute_dtype(grad.dtype)
     shape = (*grad.shape[:2], axes[0].in_size)
     gx, gw = (
-        _room(grad, axes[0].in_size, dtype, channels_last)
+        layout.empty(grad, [axes[0].in_size], channels_last, dtype)
         if needed
         else grad.new_empty(0, dtype=dtype)
         for needed in needs[:2]

@@ -61,10 +61,14 @@ def select(
 
 
 def select_backward(
-    grad: Tensor, state: Tensor, starts: Tensor | None, axes: Sequence[Axis]
+    grad: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+    axes: Sequence[Axis],
+    channels_last: bool,
 ) -> Tensor:
     """Sends the gradient of each window to its winner; see `reference.select_backward`."""
-    gx = layout.empty_like(state, [axis.in_size for axis in axes], grad.dtype)
+    gx = layout.empty(grad, [axis.in_size for axis in axes], channels_last)
     if gx.numel() == 0:
         return gx
     seen = geometry.view(gx, axes)
@@ -150,10 +154,11 @@ def accumulate_backward(
     reduction: Accumulation,
     axes: Sequence[Axis],
     needs: Sequence[bool],
+    channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weights and params; see `reference.accumulate_backward`."""
     empty = grad.new_empty(0)
-    like = layout.empty_like(x if x.numel() else grad, [axis.in_size for axis in axes])
+    like = layout.empty(grad, [axis.in_size for axis in axes], channels_last)
     if not like.numel():
         zeros = torch.zeros_like(like, dtype=layout.compute_dtype(like.dtype))
         gp = empty if params is None else torch.zeros_like(params)
