@@ -535,13 +535,15 @@ def _spread(
     grad: Tensor, gx: Tensor, reduction: Accumulation, axes: Sequence[Axis], channels_last: bool
 ) -> None:
     """The gradient of a sum or mean: from each window to its elements, equally."""
+    if all(plans.is_whole(axis) for axis in axes):
+        gx.copy_(_over_counts(grad, reduction, axes))
+        return
     plan = _plan(gx, axes, channels_last)
     column, divisor = _divisor(reduction)
     mirrored = [_mirrored(axis) for axis in axes]
     if plan.is_large and all(mirrored):
         turned = _plan(grad, mirrored, channels_last)  # type: ignore[arg-type]
-        if column >= 0:
-            grad = _over_counts(grad, reduction, axes)
+        grad = _over_counts(grad, reduction, axes)
         _merge(_TOTAL, grad, None, gx, None, -1, 0.0, turned)
         return
     _run_backward(_TOTAL, grad, None, None, None, None, gx, None, column, divisor, plan)
@@ -560,8 +562,10 @@ def _mirrored(axis: Axis) -> Axis | None:
 
 def _over_counts(grad: Tensor, reduction: Accumulation, axes: Sequence[Axis]) -> Tensor:
     """The gradient over the number of elements of each window, in the format that is computed
-    in."""
+    in; of a sum the gradient."""
     column, divisor = _divisor(reduction)
+    if column < 0:
+        return grad
     grad = grad.to(layout.compute_dtype(grad.dtype))
     counts = torch.tensor(divisor or 1.0, dtype=grad.dtype)
     for axis in axes if not divisor else ():

@@ -87,7 +87,8 @@ def _regular(axis: Axis) -> Axis:
     return axis._replace(stride=axis.kernel) if divides else axis
 
 
-def _is_whole(axis: Axis) -> bool:
+def is_whole(axis: Axis) -> bool:
+    """Whether the one window along an axis is all of it."""
     return axis.out_size == 1 and axis.kernel == axis.in_size and not (axis.before or axis.after)
 
 
@@ -119,7 +120,7 @@ def _canonical(axes: tuple[Axis, ...]) -> tuple[list[Axis], int, int]:
             and not previous.is_adaptive
             and (previous.dilation == 1 or previous.kernel == 1)
             and not _is_idle(previous)
-            and _is_whole(axis)
+            and is_whole(axis)
             and axis.dilation == 1
         ):
             kept[-1] = _merged(previous, axis)
@@ -144,7 +145,7 @@ def plan(
     outer, inner = (planes, channels) if channels_last else (planes * channels, 1)
     outer, inner = outer * more_outer, inner * more_inner
     listed = None
-    if joins and inner == len(kept) == 1 and _is_whole(kept[0]) and kept[0].dilation == 1:
+    if joins and inner == len(kept) == 1 and is_whole(kept[0]) and kept[0].dilation == 1:
         size = kept[0].in_size
         count = _divisor(outer, JOINED // max(1, size))
         kept, outer = [Axis(size * count, count, size, size, 1, 0, 0)], outer // count
@@ -154,7 +155,7 @@ def plan(
         kept, outer = [listed.axis], outer // count
     elif joins and len(kept) == 1 and _is_large((_TRIVIAL,) * 3 + (kept[0],), _is_long(kept[0])):
         kept, outer = [_idle(outer), kept[0]], 1  # many rows at a time
-    if inner > 1 and len(kept) < AXES and _is_whole(kept[-1]):
+    if inner > 1 and len(kept) < AXES and is_whole(kept[-1]):
         kept.append(_TRIVIAL)  # what windows hold along all of an axis are rows to be merged
     padded = (*(_TRIVIAL,) * (AXES - len(kept)), *kept)
     geo = np.zeros((AXES, COLUMNS), np.int64)
