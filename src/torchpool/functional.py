@@ -139,19 +139,20 @@ _REPEATED: tuple[Any, ...] = (Max, Min, Sum, Mean, Window, Adaptive, Global)
 
 
 def _ready(x: Any, reduction: Any, windows: Any, dims: Any) -> Any:
-    """A call of `pool` for the values of a plain tensor on the CPU, as a function of x; None where
-    it needs more than that."""
+    """A call of `pool` for a plain tensor on the CPU, as a function of x; None where it needs more
+    than that."""
     if (
         type(reduction) not in _REPEATED
         or type(windows) not in _REPEATED
         or (dims is not None and type(dims) is not range)
         or not isinstance(x, Tensor)
         or not x.is_cpu
-        or not ops.is_bare(x)
+        or not ops.is_plain(x)
         or os.environ.get("TORCHPOOL_BACKEND")
     ):
         return None
-    return _ready_call(reduction, windows, dims, x.shape, x.stride(), x.dtype)
+    shape, stride, watched = x.shape, x.stride(), ops.is_watched(x)
+    return _ready_call(reduction, windows, dims, shape, stride, x.dtype, watched)
 
 
 @lru_cache(maxsize=1024)
@@ -162,12 +163,13 @@ def _ready_call(
     shape: torch.Size,
     stride: tuple[int, ...],
     dtype: torch.dtype,
+    watched: bool,
 ) -> Any:
     like = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     case = _case(like, reduction, windows, dims, None, None, False)
     if case.x.dtype != dtype or case.starts is not None:
         return None
-    call = ops.ready(case.x, reduction, case.axes)
+    call = ops.ready(case.x, reduction, case.axes, watched)
     view = case.view
     if call is None or view.is_canonical:
         return call

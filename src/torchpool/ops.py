@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -63,9 +63,16 @@ def pack(axes: Sequence[Axis]) -> list[int]:
 
 
 def unpack(numbers: Sequence[int]) -> tuple[Axis, ...]:
-    """The inverse of `pack`."""
+    """The inverse of `pack`; tuples, which repeated calls give, are remembered."""
+    return _known(numbers) if type(numbers) is tuple else _unpacked(numbers)
+
+
+def _unpacked(numbers: Sequence[int]) -> tuple[Axis, ...]:
     width = len(Axis._fields)
     return tuple(Axis(*numbers[i : i + width]) for i in range(0, len(numbers), width))
+
+
+_known = lru_cache(maxsize=1024)(_unpacked)
 
 
 # Which backend runs
@@ -132,9 +139,9 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """`torchpool::select`, past the dispatcher where nothing there has anything to do."""
     tensors = (x, mask, starts)
-    if not _is_plain(*tensors):
+    if not is_plain(*tensors):
         operator: Any = torch.ops.torchpool.select
-    elif _is_watched(*tensors):
+    elif is_watched(*tensors):
         operator = _select_directly
     else:
         return _run_select(*tensors, reduction, axes, save)
@@ -154,9 +161,9 @@ def accumulate(
 ) -> tuple[Tensor, Tensor]:
     """`torchpool::accumulate`, likewise."""
     tensors = (x, mask, weights, params, starts)
-    if not _is_plain(*tensors):
+    if not is_plain(*tensors):
         operator: Any = torch.ops.torchpool.accumulate
-    elif _is_watched(*tensors):
+    elif is_watched(*tensors):
         operator = _accumulate_directly
     else:
         # A parameter as an operator gets it: None, as in every cached description.
@@ -165,19 +172,29 @@ def accumulate(
     return made
 
 
-def is_bare(x: Tensor) -> bool:
-    """Whether nothing but its values is asked of a tensor: no gradient, no transform."""
-    return _is_plain(x) and not _is_watched(x)
+def ready(
+    x: Tensor, reduction: Selection | Accumulation, axes: tuple[Axis, ...], watched: bool
+) -> Any:
+    """The values of all windows as a function of plain tensors like x on the CPU, prepared once.
+    None where the backend prepares nothing.
 
-
-def ready(x: Tensor, reduction: Selection | Accumulation, axes: tuple[Axis, ...]) -> Any:
-    """The values of all windows as a function of tensors like x on the CPU, prepared once; None
-    where the backend prepares nothing."""
+    Args:
+        watched: a gradient is asked for.
+    """
+    if watched:
+        return _ready_for_gradients(reduction, axes)
     operation = "select" if isinstance(reduction, Selection) else "accumulate"
     others = (None,) * (2 if operation == "select" else 3)
     backend = _backend(operation, torch.device("cpu"), x, *others, reduction, axes)
     prepare = getattr(backend, "ready", None)
     return None if prepare is None else prepare(x, reduction, axes)
+
+
+def _ready_for_gradients(reduction: Selection | Accumulation, axes: tuple[Axis, ...]) -> Any:
+    spec, numbers = reduction.spec, tuple(pack(axes))
+    if isinstance(reduction, Selection):
+        return lambda x: _select_directly(x, None, None, spec, numbers, True)[0]
+    return lambda x: _accumulate_directly(x, None, None, None, None, spec, numbers, True)[0]
 
 
 def _past_the_dispatcher(name: str, kernel: Any, composite: Any, count: int) -> Any:
@@ -188,7 +205,7 @@ def _past_the_dispatcher(name: str, kernel: Any, composite: Any, count: int) -> 
 
     def call(*args: Any) -> Any:
         tensors = args[:count]
-        if _is_plain(*tensors) and not _is_watched(*tensors):
+        if is_plain(*tensors) and not is_watched(*tensors):
             return kernel(*args)
         return composite(*args) if in_forward_mode() else operator(*args)
 
@@ -201,7 +218,7 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether no transform, mode, tracer or profiler asks for these tensors."""
     if (
         torch.compiler.is_compiling()
@@ -215,7 +232,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
     return not any(type(t) not in _PLAIN or t.is_neg() for t in tensors if t is not None)
 
 
-def _is_watched(*tensors: Tensor | None) -> bool:
+def is_watched(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

@@ -138,13 +138,12 @@ def _merge(
     last = plan.channels_last
     traffic = x.nbytes + y.nbytes
     if state is None and mask is None:
-        job = _values(tag, x, column, divisor, plan)
-        threads.run(job.kernel, job.units, traffic, *job.arguments(_flat(x, last), _flat(y, last)))
+        arrays: tuple[Any, ...] = _flat(x, last), _flat(y, last)
+        _do(_values(tag, x, column, divisor, plan), traffic, arrays)
     elif plan.is_large and mask is None:
         assert state is not None
-        arrays = (_flat(x, last), _flat(y, last), _flat(state, last))
-        job = _large(tag, column, divisor, plan)
-        threads.run(job.kernel, job.units, traffic, *job.arguments(*arrays))
+        arrays = _flat(x, last), _flat(y, last), _flat(state, last)
+        _do(_large(tag, column, divisor, plan), traffic, arrays)
     else:
         _merge_directly(tag, x, mask, y, state, column, divisor, plan, traffic)
 
@@ -155,6 +154,12 @@ class _Job(NamedTuple):
     kernel: Any
     units: int
     arguments: Callable[..., tuple[Any, ...]]
+    effort: int = 1
+    """What a byte of traffic costs, as bytes that are only moved."""
+
+
+def _do(job: _Job, traffic: int, arrays: tuple[Any, ...]) -> None:
+    threads.run(job.kernel, job.units, job.effort * traffic, *job.arguments(*arrays))
 
 
 def _values(tag: Any, x: Tensor, column: int, divisor: float, plan: Plan) -> _Job:
@@ -179,7 +184,8 @@ def _large(tag: Any, column: int, divisor: float, plan: Plan) -> _Job:
     kept."""
     options = (plan.geo, plan.tab, plan.inner, plan.block, column, divisor)
     units = plan.outer * -(-int(plan.geo[2, plans.OUT]) // plan.block)
-    return _Job(sweep.sweep, units, lambda x, y, state=None: (tag, x, y, state, *options))
+    arguments = lambda x, y, state=None: (tag, x, y, state, *options)  # noqa: E731
+    return _Job(sweep.sweep, units, arguments, effort=4)
 
 
 def ready(
@@ -203,7 +209,8 @@ def ready(
     result = layout.empty_like(example, outs)
     if not result.numel():
         return None
-    shape, strides, traffic = result.shape, result.stride(), example.nbytes + result.nbytes
+    shape, strides = result.shape, result.stride()
+    traffic = job.effort * (example.nbytes + result.nbytes)
     arrays = _flat(example, last), _flat(result, last)
     prepared = shares.Call(job.kernel, job.units, job.arguments(*arrays), arrays)
 

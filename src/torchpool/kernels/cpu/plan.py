@@ -189,7 +189,7 @@ def plan(
         inner == 1 and last.kernel <= 3 and last.dilation == 1 and last.stride in (1, 2),
         _is_large(padded, is_long and inner == 1),
         _overlaps(padded[2]) or (padded[2].kernel == 1 and _overlaps(last)),
-        _block(geo, inner),
+        _block(geo, inner, outer),
         bool(geo[:, EMPTY].any()),
         math.prod(map(_covers, padded)),
         band,
@@ -257,6 +257,8 @@ OVERLAP = 4
 """Elements that belong to more windows along an axis are reduced axis by axis where possible."""
 LARGE = 12
 """Windows of more elements are reduced axis by axis where that is possible."""
+BLOCKS = 8
+"""Blocks that a call should have."""
 BUFFER = 1 << 17
 """Elements of the rows of a block that stay in the second cache."""
 
@@ -284,13 +286,15 @@ def _is_large(axes: Sequence[Axis], is_long: bool) -> bool:
     )
 
 
-def _block(geo: Any, inner: int) -> int:
-    """Rows of outputs of a block: as many as the cache holds, but not fewer than twice a window."""
+def _block(geo: Any, inner: int, outer: int) -> int:
+    """Rows of outputs of a block: as many as the cache holds, or fewer where threads would find too
+    few blocks, but not fewer than twice a window."""
     row = int(geo[-1, OUT]) * inner
     kernel, stride, outs = (int(geo[2, column]) for column in (KERNEL, STRIDE, OUT))
-    most = max((BUFFER // max(1, row) - kernel) // max(1, stride), 2 * kernel // max(1, stride), 8)
-    count = -(-outs // most)
-    return max(1, -(-outs // count)) if outs else 1
+    least = max(2 * kernel // max(1, stride), 8)
+    most = max((BUFFER // max(1, row) - kernel) // max(1, stride), least)
+    count = max(-(-outs // most), min(-(-BLOCKS // max(1, outer)), outs // least))
+    return max(1, -(-outs // max(1, count)))
 
 
 def _covers(axis: Axis) -> int:
