@@ -453,7 +453,7 @@ def compile_only(frequent: bool) -> list[Kernel]:
     """Compiles the maxima (with state) of the frequent windows, and every reduction's formulas both
     ways; unless only the `frequent` are asked for, also maxima without state and backward, means,
     gradients by parameters, large windows and scans."""
-    from torchpool.kernels import gpu
+    from torchpool.kernels import gpu, layout
     from torchpool.kernels.gpu import launching
 
     compiler = Compiler()
@@ -465,13 +465,14 @@ def compile_only(frequent: bool) -> list[Kernel]:
         y, saved = gpu.accumulate(x, None, None, p, reduction, axes, True)
         kept = x[:0] if reduction.linear else x
         needs = [True, False, by_p and reduction.domain != -math.inf]
-        gpu.accumulate_backward(y, kept, None, None, p, saved, reduction, axes, needs)
+        last = layout.is_channels_last(x)
+        gpu.accumulate_backward(y, kept, None, None, p, saved, reduction, axes, needs, last)
 
     def select(x: Tensor, windows: tp.Windows, save: bool, back: bool) -> None:
         axes = windows.axes(x.shape[2:])
         y, state = gpu.select(x, None, None, tp.Max(), axes, save)
         if back:
-            gpu.select_backward(y, state, None, axes)
+            gpu.select_backward(y, state, None, axes, layout.is_channels_last(x))
 
     for name, (shape, windows) in FREQUENT.items():
         for dtype in ("fp32", "fp16"):
