@@ -51,6 +51,8 @@ def _power_mean(x: np.ndarray, w: np.ndarray, p: float) -> float:
     if p == 0:
         return float(np.exp((w * np.log(x)).sum() / w.sum()))
     scale = x.max() if p > 0 else x.min()
+    if math.isinf(scale):
+        return float(scale)
     return float(scale * ((w * (x / scale) ** p).sum() / w.sum()) ** (1 / p))
 
 

@@ -16,9 +16,9 @@ import oracle
 import pytest
 import torch
 
-from torchpool import Max, Mean, Min, SoftmaxMean, Sum, Window, pool
+from torchpool import Lp, Max, Mean, Min, PowerMean, SoftmaxMean, Sum, Window, pool
 from torchpool.kernels import cpu, layout, reference
-from torchpool.kernels.cpu import threads
+from torchpool.kernels.cpu import formulas, threads
 from torchpool.reductions import Accumulation
 from torchpool.windows import Adaptive, Global, Windows
 
@@ -33,6 +33,9 @@ GEOMETRIES: list[tuple[tuple[int, ...], Windows]] = [
     ((2, 3, 6, 6), Adaptive((3, 2))),
     ((2, 3, 5, 6), Global()),
     ((1, 2, 40), Window(33, 1, 16)),
+    ((1, 2, 5000), Window(17, 1, 8)),
+    ((2, 2, 130), Window(15, 3, 7)),
+    ((4, 5, 7, 7), Adaptive((6, 6))),
     ((1, 2, 4, 5, 4), Window(2, 1, 1)),
     ((1, 1, 3, 3, 2, 3), Window(2, 1)),
 ]
@@ -279,6 +282,33 @@ def test_softmax_mean(shape: tuple[int, ...], windows: Windows, channels_last: b
         np.testing.assert_allclose(y.numpy(), values, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("exponent", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("kind", [Lp, PowerMean])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_whole_exponents(kind: Any, exponent: float, channels_last: bool) -> None:
+    """They have kernels of their own: products instead of exponentials."""
+    special, general = (type(formulas.tag(kind, np.array([q]))) for q in (exponent, 2.5))
+    assert special is not general
+    shape, windows = (2, 17, 9, 11), Window(3, stride=2, padding=1)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    x[0, 0], x[0, 1], x[0, 2], x[1, 3, 2] = 0.0, 3e30, -2e-30, math.inf
+    x = layout.to_layout(x, channels_last)
+    axes, taps = windows.axes(shape[2:]), positions(windows, shape[2:])
+    values, _ = oracle.pool(x.double().numpy(), taps, kind.__name__, exponent)
+    p, near = torch.tensor([exponent]), torch.tensor([exponent * (1 + 2e-7)])
+    y, stats = cpu.accumulate(x, None, None, p, kind(exponent), axes, True)
+    np.testing.assert_allclose(y.numpy(), values, rtol=2e-6, atol=1e-30)
+    grads = [
+        cpu.accumulate_backward(
+            torch.ones_like(y), x, None, None, q, stats, kind(exponent), axes,
+            [True, False, True], channels_last,
+        )
+        for q in (p, near)
+    ]  # fmt: skip
+    for whole, general in zip(*grads, strict=True):
+        torch.testing.assert_close(whole, general, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
 def slope(function: Any, t: torch.Tensor, direction: torch.Tensor) -> float:
     """Directional derivative by central differences."""
     step = 1e-6
@@ -373,6 +403,7 @@ def test_same_bits_from_one_and_many_threads(
     large: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threads, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(threads, "SHARE_BYTES", 1)
     many = everything(large)
     torch.set_num_threads(1)
     one = everything(large)
