@@ -18,7 +18,7 @@ import torch
 
 from torchpool import Lp, Max, Mean, Min, PowerMean, SoftmaxMean, Sum, Window, pool
 from torchpool.kernels import cpu, layout, reference
-from torchpool.kernels.cpu import formulas, threads
+from torchpool.kernels.cpu import formulas, shares, threads
 from torchpool.reductions import Accumulation
 from torchpool.windows import Adaptive, Global, Windows
 
@@ -399,9 +399,13 @@ def two_threads() -> Any:
 
 
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("team", ["torch", "python"])
 def test_same_bits_from_one_and_many_threads(
-    large: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    team: str, large: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert sys.platform != "linux" or shares._team() is not None
+    if team == "python":
+        monkeypatch.setattr(shares, "_team", lambda: None)
     monkeypatch.setattr(threads, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(threads, "SHARE_BYTES", 1)
     many = everything(large)

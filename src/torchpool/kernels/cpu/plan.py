@@ -205,6 +205,7 @@ def _is_listed(axes: Sequence[Axis]) -> bool:
     """Whether the windows of a plane are small, irregular along the last axis, and few."""
     return (
         axes[-1].is_adaptive
+        and not any(axis.before for axis in axes)
         and math.prod(axis.kernel for axis in axes) <= FEW_TAPS
         and 0 < _listed_taps(axes) <= JOINED
     )

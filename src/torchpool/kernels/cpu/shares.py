@@ -5,9 +5,10 @@ instructions reads them from an array of 64-bit words instead: numbers as they a
 words of Numba's array structure (owner, parent, items, bytes of an item, address, shape, strides).
 
 The threads are those of the OpenMP runtime that torch itself runs on, entered by `GOMP_parallel`,
-which GNU's, LLVM's and Intel's runtimes have. A second team of threads would have to fight for the
-cores with torch's, whose threads keep spinning for milliseconds after each of its operators. Each
-thread takes the next share until none is left, so that one that comes late holds nobody up.
+which GNU's, LLVM's and Intel's runtimes have but for Windows; Python's threads stand in where it is
+missing. A second team of threads would have to fight for the cores with torch's, whose threads keep
+spinning for milliseconds after each of its operators. Each thread takes the next share until none
+is left, so that one that comes late holds nobody up.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -29,19 +32,6 @@ from numba.extending import intrinsic
 _WORD = ir.IntType(64)
 _STUB = ir.FunctionType(_WORD, [_WORD, _WORD, _WORD])
 _stubs: dict[Any, tuple[int, Any]] = {}
-
-
-@lru_cache(maxsize=1)
-def team() -> Any:
-    """`GOMP_parallel` of the OpenMP runtime that torch runs on; None where there is none."""
-    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
-    try:
-        enter: Any = ctypes.CDLL(library).GOMP_parallel  # found through what the library needs
-    except (OSError, AttributeError):
-        return None
-    enter.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    enter.restype = None
-    return enter
 
 
 class Call:
@@ -75,7 +65,7 @@ class Call:
         for place, address in zip(self._places, addresses, strict=True):
             job[place] = address
         if threads > 1:
-            team()(_address, job, threads, 0)
+            _together(job, threads)
         else:
             _alone(job)
         return not job[_FAILED]
@@ -128,6 +118,38 @@ def _work(job):
 
 _address: Any = _work.address
 _alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_address)
+
+
+def _together(job: Any, threads: int) -> None:
+    """Runs a job on several threads, this one among them."""
+    enter = _team()
+    if enter is not None:
+        enter(_address, job, threads, 0)
+        return
+    others = [_helpers().submit(_alone, job) for _ in range(threads - 1)]
+    _alone(job)
+    for other in others:
+        if not other.cancel():
+            other.result()
+
+
+@lru_cache(maxsize=1)
+def _team() -> Any:
+    """`GOMP_parallel` of the OpenMP runtime that torch runs on; None where there is none."""
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    library = os.path.join(os.path.dirname(torch.__file__), "lib", name)
+    try:
+        enter: Any = ctypes.CDLL(library).GOMP_parallel  # found through what the library needs
+    except (OSError, AttributeError):
+        return None
+    enter.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    enter.restype = None
+    return enter
+
+
+@lru_cache(maxsize=1)
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "torchpool")
 
 
 def _words(arg: Any) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchpool.kernels.cpu.shares import Call, team
+from torchpool.kernels.cpu.shares import Call
 
 PARALLEL_BYTES = 1 << 20
 """Bytes of traffic below which waking a second thread costs more than it saves."""
@@ -31,7 +31,7 @@ if hasattr(os, "register_at_fork"):
 def count(traffic: int) -> int:
     """Threads for a kernel that moves `traffic` bytes: torch's number, or 1 where more would not
     pay or not be safe."""
-    if _forked or traffic < PARALLEL_BYTES or team() is None:
+    if _forked or traffic < PARALLEL_BYTES:
         return 1
     return torch.get_num_threads()
 
