@@ -20,7 +20,6 @@ from torchpool.kernels.cpu.direct import (
     ByOutput,
     ByWindow,
     Outputs,
-    dot,
     fill_parameters,
     fits,
     kept_sums,
@@ -60,6 +59,7 @@ from torchpool.kernels.cpu.simd import (
     store_first,
     width,
 )
+from torchpool.kernels.cpu.taking import dot
 
 
 @njit(**INNER)
