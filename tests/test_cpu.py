@@ -282,7 +282,7 @@ def test_softmax_mean(shape: tuple[int, ...], windows: Windows, channels_last: b
         np.testing.assert_allclose(y.numpy(), values, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("exponent", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("exponent", [2.0, 3.0])
 @pytest.mark.parametrize("kind", [Lp, PowerMean])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_whole_exponents(kind: Any, exponent: float, channels_last: bool) -> None:
@@ -301,7 +301,7 @@ def test_whole_exponents(kind: Any, exponent: float, channels_last: bool) -> Non
     grads = [
         cpu.accumulate_backward(
             torch.ones_like(y), x, None, None, q, stats, kind(exponent), axes,
-            [True, False, True], channels_last,
+            [True, False, False], channels_last,
         )
         for q in (p, near)
     ]  # fmt: skip

@@ -499,7 +499,6 @@ def square_root(s: Scalar, q: Scalar) -> Scalar:
 
 
 WHOLE_POWERS: dict[int, dict[Any, Any]] = {
-    1: {power: ratio},
     2: {power: square, root: square_root},
     3: {power: cube},
 }
