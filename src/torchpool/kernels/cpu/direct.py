@@ -603,8 +603,21 @@ def write(y, state, at, v, kept, count, counts, o, scale, tag, is_mean):
     keep_state(state, at, kept, count, y.size)
 
 
+def side_by_side(way: Any, o: Any, count: Any, geo: Any, tab: Any) -> Any:
+    """The place of `count` windows from window `o` on."""
+
+
+@inlined(side_by_side)
+def _side_by_side(way, o, count, geo, tab):
+    if way.instance_class is ByOutput:
+        return lambda way, o, count, geo, tab: Outputs(o, count)
+    return lambda way, o, count, geo, tab: Listed(
+        0, o, count, geo[3, START], geo[3, TAPS], geo[3, STEPS], tab
+    )
+
+
 @njit(**INNER)
-def row_of_outputs(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
+def row_of_outputs(way, tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
                    ahead, ask):  # fmt: skip
     """Lanes are windows side by side."""
     like = splat(x, 0)
@@ -613,23 +626,7 @@ def row_of_outputs(tag, x, weights, params, row, y, state, at, lines, geo, tab, 
     for o in range(0, geo[3, OUT], width(like)):
         ahead = request(x, ahead, ask)
         count = min(width(like), geo[3, OUT] - o)
-        v, kept = solve(
-            Outputs(o, count), tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean
-        )
-        write(y, state, at + o, v, kept, count, counts, o, scale, tag, is_mean)
-
-
-@njit(**INNER)
-def row_of_listed(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
-                  ahead, ask):  # fmt: skip
-    """Lanes are windows side by side, listed tap by tap."""
-    like = splat(x, 0)
-    pads, counts, scale, fixed, is_mean = means
-    p = parameter(params, row, 0, like)
-    for o in range(0, geo[3, OUT], width(like)):
-        ahead = request(x, ahead, ask)
-        count = min(width(like), geo[3, OUT] - o)
-        place = Listed(0, o, count, geo[3, START], geo[3, TAPS], geo[3, STEPS], tab)
+        place = side_by_side(way, o, count, geo, tab)
         v, kept = solve(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean)
         write(y, state, at + o, v, kept, count, counts, o, scale, tag, is_mean)
 
@@ -821,13 +818,9 @@ def walk(way: Any, *args: Any) -> None:
 
 @inlined(walk)
 def _walk(way, *args):
-    rows = {
-        ByOutput: row_of_outputs,
-        ByChannel: row_of_channels,
-        ByWindow: row_of_windows,
-        ByList: row_of_listed,
-    }
-    row = rows[way.instance_class]
+    if way.instance_class in (ByOutput, ByList):
+        return lambda way, *args: row_of_outputs(way, *args)
+    row = row_of_channels if way.instance_class is ByChannel else row_of_windows
     tag, _, weights, _, _, _, state = args[:7]
     if row is row_of_windows and weights == state == types.none and not formulas.is_tag(tag):
         row = row_of_values
