@@ -55,7 +55,7 @@ def root_of_moments(x: Tensor, mean: Mean) -> Tensor:
 
 def _counts(x: Tensor, mean: Mean) -> Tensor:
     """Elements of each 3x3/2 window, as a constant of the shape of the output."""
-    ones = torch.ones((1, 1, *x.shape[2:]), dtype=x.dtype)
+    ones = torch.ones((1, 1, *x.shape[2:]), dtype=x.dtype, device=x.device)
     return 9 * F.avg_pool2d(ones, 3, 2, 1)
 
 

@@ -87,7 +87,7 @@ def select_kernel(
 
 @triton.jit
 def accumulate_kernel(
-    x, weights, y, stats, params, coefficients, table, total, blocks, outs, channels, tables,
+    x, weights, y, stats, ps, coefficients, table, total, blocks, outs, channels, tables,
     xn, xc, xt, yn, yc, yo, step, divisor,
     KEY: tl.constexpr, TERMS: tl.constexpr, FINISH: tl.constexpr, LEAST: tl.constexpr,
     ANCHOR: tl.constexpr, SUMS: tl.constexpr, PER_CHANNEL: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -104,7 +104,7 @@ def accumulate_kernel(
     first, count = tl.load(row), tl.load(row + 1)
     source = n * xn + c * xc
     dense = (n * channels + c) * outs + o
-    p = tl.load(params + c * PER_CHANNEL, mask=live, other=1.0)
+    p = tl.load(ps + c * PER_CHANNEL, mask=live, other=1.0)
     anchor = tl.zeros([1, COLS], WIDE)
     if BY_PARAMETER:
         anchor = tl.load(stats + dense, mask=live, other=0.0)
@@ -213,7 +213,7 @@ def select_backward_kernel(
 
 @triton.jit
 def accumulate_backward_kernel(
-    x, weights, gx, gw, anchors, params, coefficients, table, low, high, total, row_blocks, blocks,
+    x, weights, gx, gw, anchors, ps, coefficients, table, low, high, total, row_blocks, blocks,
     size, outs, channels, tables, xn, xc, xt, step,
     TERMS: tl.constexpr, SLOPES: tl.constexpr, LINEAR: tl.constexpr, SUMS: tl.constexpr,
     PER_CHANNEL: tl.constexpr, WEIGHTED: tl.constexpr, BY_X: tl.constexpr, BY_W: tl.constexpr,
@@ -230,7 +230,7 @@ def accumulate_backward_kernel(
     at = n * xn + c * xc + t * xt
     begin = tl.load(low + (n % tables) * size + t, mask=here, other=0)
     end = tl.load(high + (n % tables) * size + t, mask=here, other=0)
-    p = tl.load(params + c * PER_CHANNEL, mask=live, other=1.0)
+    p = tl.load(ps + c * PER_CHANNEL, mask=live, other=1.0)
     v = tl.zeros([ROWS, COLS], WIDE)
     if not LINEAR:
         v = tl.load(x + at, mask=here & live, other=0.0).to(WIDE)

@@ -180,7 +180,7 @@ def _put_by_parameter(
 
 @triton.jit
 def few_kernel(
-    x, y, saved, params, mask, weights, grad, planes, total, channels, ins, outs, mask_strides,
+    x, y, saved, ps, mask, weights, grad, planes, total, channels, ins, outs, mask_strides,
     weight_strides,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, T: tl.constexpr, KEY: tl.constexpr,
     TERMS: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr, LEAST: tl.constexpr,
@@ -210,7 +210,7 @@ def few_kernel(
     p = tl.zeros([1, 1], WIDE)
     if PARAMETER:
         channel = (a4 if LAST else c) if PER_CHANNEL else c * 0
-        p = tl.load(params + channel, mask=channel < (o4 if LAST else channels), other=1).to(WIDE)
+        p = tl.load(ps + channel, mask=channel < (o4 if LAST else channels), other=1).to(WIDE)
     f0, e0 = start_of(a0, i0, o0, A0), stop_of(a0, i0, o0, A0)
     f1, e1 = start_of(a1, i1, o1, A1), stop_of(a1, i1, o1, A1)
     f2, e2 = start_of(a2, i2, o2, A2), stop_of(a2, i2, o2, A2)
@@ -323,7 +323,7 @@ def few_kernel(
 
 @triton.jit
 def many_kernel(
-    x, y, saved, params, mask, weights, grad, total, taps, channels, ins, outs, kernels,
+    x, y, saved, ps, mask, weights, grad, total, taps, channels, ins, outs, kernels,
     mask_strides, weight_strides,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BL: tl.constexpr,
     KEY: tl.constexpr, TERMS: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
@@ -346,7 +346,7 @@ def many_kernel(
     p = tl.zeros([1, 1], WIDE)
     if PARAMETER:
         channel = (starts[4] if LAST else c) if PER_CHANNEL else c * 0
-        p = tl.load(params + channel, mask=live, other=1).to(WIDE)
+        p = tl.load(ps + channel, mask=live, other=1).to(WIDE)
     anchor = tl.zeros([BT, BL], WIDE)
     number = tl.zeros([BT, BL], WIDE)
     if ANCHOR:
@@ -425,7 +425,7 @@ def _block_of_taps(
 
 @triton.jit
 def backward_kernel(
-    grad, x, gx, gw, saved, params, mask, weights, planes, outputs, channels, ins, outs, kernels,
+    grad, x, gx, gw, saved, ps, mask, weights, planes, outputs, channels, ins, outs, kernels,
     mask_strides, weight_strides,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
     UNROLL: tl.constexpr, TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr,
@@ -455,7 +455,7 @@ def backward_kernel(
     p = tl.zeros([1, 1], WIDE)
     if PARAMETER:
         channel = (a4 if LAST else c) if PER_CHANNEL else c * 0
-        p = tl.load(params + channel, mask=channel < (i4 if LAST else channels), other=1).to(WIDE)
+        p = tl.load(ps + channel, mask=channel < (i4 if LAST else channels), other=1).to(WIDE)
     column = first * SIDE + tl.arange(0, SIDE * C)[None, :]
     written = live & (column < i4)
     value = tl.zeros([R, SIDE * C], WIDE)
