@@ -72,7 +72,7 @@ def select_backward(
     if gx.numel() == 0:
         return gx
     seen = geometry.view(gx, axes)
-    if seen.covers > selection.UNROLLED_COVERS and len(axes) > 1:
+    if seen.covers > selection.TOGETHER and len(axes) > 1:
         passes.send_back(grad, state, axes, gx)
     else:
         selection.send_back(seen, grad, state, gx)

@@ -28,6 +28,10 @@ AXES = 4
 LANES = 5
 _TRIVIAL = Axis(1, 1, 1, 1, 1, 0, 0)
 _WIDEST = 16
+THREADS = 128
+"""Of a program."""
+_UNROLLED = 36
+"""Taps of a window in two axes whose outputs an input reads without a loop."""
 INT32 = 1 << 31
 
 
@@ -191,6 +195,81 @@ def programs(planes: int, sizes: Sequence[int], owned: Tile) -> int:
     return math.prod(outer) * math.prod(blocks)
 
 
+class Lanes(NamedTuple):
+    """How the positions of all planes are dealt out: a lane owns `height` neighbours along one
+    axis, a program `rows` lanes times as many columns."""
+
+    along: int
+    height: int
+    rows: int
+    columns: int
+    """Channels of a channels-last tensor; 1 where lanes run along the columns, too."""
+
+
+def lanes_of_windows(seen: View, item_bytes: int, most: int) -> Lanes:
+    """Lanes that own up to `most` windows; with channels last a thread has 16 bytes of channels."""
+    along = 2 if seen.channels_last else 3
+    span, outs = seen.spans[along], seen.outs[along]
+    regular = span.stride > 0 and span.dilation == 1
+    height = min(most, power(outs)) if regular else 1
+    return lanes(seen, seen.outs[-1], height, _WIDEST // item_bytes)
+
+
+def lanes_of_inputs(seen: View, item_bytes: int, most: int) -> Lanes | None:
+    """Lanes that own about `most` inputs of a column, whole strides, and a stride of the next axis;
+    None where windows along the two are not regular, or too large to be unrolled."""
+    along = 2 if seen.channels_last else 3
+    span, beside = seen.spans[along : along + 2]
+    if not all(s.stride > 0 and s.dilation == 1 for s in (span, beside)):
+        return None
+    if span.kernel * beside.kernel > _UNROLLED or span.stride * beside.stride > _WIDEST:
+        return None
+    height = span.stride * max(1, min(most, power(seen.ins[along])) // span.stride)
+    return lanes(seen, seen.ins[-1], height, _WIDEST // item_bytes)
+
+
+def grouped(seen: View, axis: int) -> tuple[int, ...]:
+    """Sizes of the inputs, one of them counted in strides of its windows."""
+    return in_blocks(seen.ins, axis, seen.spans[axis].stride)
+
+
+def lanes(seen: View, columns: int, height: int, elements: int) -> Lanes:
+    """Lanes of `height` rows; `elements` neighbouring channels of a channels-last tensor, or two
+    lanes, for each thread."""
+    if not seen.channels_last:
+        return Lanes(3, height, 2 * THREADS, 1)
+    width = _block(columns, 64)
+    return Lanes(2, height, max(1, THREADS * elements // width), width)
+
+
+def dealt(
+    planes: int, sizes: Sequence[int], owned: Lanes, channels_last: bool
+) -> tuple[int, Any]:
+    """Programs for these positions, and the type that counts their lanes."""
+    blocks = in_blocks(sizes, owned.along, owned.height)
+    columns = blocks[-1] if channels_last else 1
+    total = planes * math.prod(blocks) // columns
+    return -(-total // owned.rows) * -(-columns // owned.columns), index(total)
+
+
+def in_blocks(sizes: Sequence[int], along: int, height: int) -> tuple[int, ...]:
+    """Sizes with one of them counted in blocks."""
+    return (*sizes[:along], -(-sizes[along] // height), *sizes[along + 1 :])
+
+
+def block_span(seen: View, along: int, height: int) -> Span:
+    """The span of what `height` neighbouring windows look at together."""
+    span, size, outs = seen.spans[along], seen.ins[along], seen.outs[along]
+    if height == 1:
+        return span
+    kernel, stride = (height - 1) * span.stride + span.kernel, height * span.stride
+    last = (-(-outs // height) - 1) * stride - span.before
+    return span._replace(
+        kernel=kernel, stride=stride, low=min(span.before, kernel),
+        high=min(max(size - last, 0), kernel),
+    )  # fmt: skip
+
+
 def strides(t: Tensor, channels_last: bool) -> tuple[int, ...]:
     """Strides of an expanded tensor (N, C, *S) along samples, channels and the five axes."""
     n, c, *pooled = t.stride()
@@ -279,6 +358,32 @@ def own(planes, s0, s1, s2, s3, s4, T: tl.constexpr):
 
 
 @triton.jit
+def lanes_of(
+    s0, s1, s2, s3, s4,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Plane and coordinates of this program's lanes, (ROWS, 1) each; with LAST those along the last
+    axis are (1, COLUMNS)."""
+    program = tl.program_id(0).to(INDEX)
+    if LAST:
+        blocks = tl.cdiv(s4, COLUMNS)
+        a4 = (program % blocks * COLUMNS).to(tl.int32) + tl.arange(0, COLUMNS)[None, :]
+        rest = program // blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    else:
+        lane = program * ROWS + tl.arange(0, ROWS)[:, None]
+        a4 = (lane % s4).to(tl.int32)
+        rest = lane // s4
+    a3 = (rest % s3).to(tl.int32)
+    rest = rest // s3
+    a2 = (rest % s2).to(tl.int32)
+    rest = rest // s2
+    a1 = (rest % s1).to(tl.int32)
+    rest = rest // s1
+    a0 = (rest % s0).to(tl.int32)
+    return (rest // s0).to(tl.int32), a0, a1, a2, a3, a4
+
+
+@triton.jit
 def start_of(o, size, outs, A: tl.constexpr):
     """First position of window o."""
     if A[1] != 0:
@@ -312,6 +417,12 @@ def tap_inside(position, stop, J: tl.constexpr, A: tl.constexpr):
         return position < stop
     else:
         return True
+
+
+@triton.jit
+def known(J: tl.constexpr, A: tl.constexpr):
+    """Whether tap J stands inside the input for certain."""
+    return J >= A[4] and J < A[5]
 
 
 @triton.jit

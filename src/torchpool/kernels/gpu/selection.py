@@ -22,6 +22,8 @@ from torchpool.kernels.gpu.geometry import (
     count_inside,
     cover,
     first_tap,
+    known,
+    lanes_of,
     last_cover,
     own,
     start_of,
@@ -38,7 +40,11 @@ ELEMENTS = 1024
 """Elements that a program of four warps writes."""
 FEW = 32
 """Windows up to this size are unrolled."""
+ROWS_OF_A_LANE = 4
+"""Neighbouring windows that share what they read."""
 UNROLLED_COVERS = 16
+TOGETHER = 36
+"""Outputs that can see one input: above, gradients go an axis at a time."""
 
 
 @triton.jit
@@ -60,139 +66,228 @@ def extreme(v, w, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _meet(
-    v, valid, code, best, key, offset, found,
-    KEY: tl.constexpr, LARGEST: tl.constexpr, FLOAT: tl.constexpr, SAVE: tl.constexpr,
-    TRACK: tl.constexpr, FIRST: tl.constexpr,
+def _join(
+    value, code, v, c,
+    LARGEST: tl.constexpr, FLOAT: tl.constexpr, SAVE: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One more tap: the value, key and offset of the winner so far. FIRST: there is none yet, and
-    the offset is that of the first tap inside."""
-    if FIRST and not TRACK:
-        best = v
-    elif TRACK:
-        k = KEY(v)
-        take = valid & ((found == 0) | better(k, key, LARGEST, FLOAT))
-        best = tl.where(take, v, best)
-        key = tl.where(take, k, key)
-        offset = tl.where(take, code, offset)
-        found = found | valid
+    """The better of two candidates, of which the second comes later; FIRST: there is only one."""
+    if FIRST:
+        value = v
+        if SAVE:
+            code = c + code * 0
     elif SAVE:
-        take = better(v, best, LARGEST, FLOAT)
-        best = tl.where(take, v, best)
-        offset = tl.where(take, code, offset)
+        take = better(v, value, LARGEST, FLOAT)
+        value = tl.where(take, v, value)
+        code = tl.where(take, c, code)
     else:
-        best = extreme(best, v, LARGEST)
-    return best, key, offset, found
+        value = extreme(value, v, LARGEST)
+    return value, code
 
 
 @triton.jit
 def few_kernel(
     x, y, state, mask, carried, planes, channels, ins, outs, mask_strides,
-    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, T: tl.constexpr, KEY: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, S: tl.constexpr, ALONG: tl.constexpr,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEY: tl.constexpr,
     LARGEST: tl.constexpr, WORST: tl.constexpr, FLOAT: tl.constexpr, SAVE: tl.constexpr,
     MASKED: tl.constexpr, CARRY: tl.constexpr, TRACK: tl.constexpr, REGULAR: tl.constexpr,
-    WIDE: tl.constexpr,
+    LAST: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Lanes are outputs. With CARRY every tap brings an offset of its own (`carried`, of x's
-    shape), to which the tap is added CARRY times. TRACK remembers whether a tap took part; without
-    it, taps outside the input hold the worst value."""
+    """A lane owns HEIGHT windows, neighbours along the axis ALONG (2 or 3) whose span is S; in W
+    stands what they look at together. Every row of theirs is read once, and what is found in it
+    goes to all windows that see it. With CARRY every tap brings an offset of its own (`carried`, of
+    x's shape), to which the tap is added CARRY times. TRACK remembers whether a tap took part;
+    without it, taps outside the input hold the worst value."""
     A0: tl.constexpr = W[0]
     A1: tl.constexpr = W[1]
     A2: tl.constexpr = W[2]
     A3: tl.constexpr = W[3]
     A4: tl.constexpr = W[4]
+    K2: tl.constexpr = S[0] if ALONG == 2 else A2[0]
+    K3: tl.constexpr = S[0] if ALONG == 3 else A3[0]
+    K4: tl.constexpr = A4[0]
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
-    K4: tl.constexpr = A4[0]
-    ODD: tl.constexpr = A4[3] % 2
-    R: tl.constexpr = T[0] * T[1]
-    C: tl.constexpr = T[2]
-    plane, a0, a1, a2, a3, a4, first = own(planes, o0, o1, o2, o3, o4, T)
-    live = (plane < planes) & (a3 < o3)
+    b2 = tl.cdiv(o2, HEIGHT) if ALONG == 2 else o2
+    b3 = tl.cdiv(o3, HEIGHT) if ALONG == 3 else o3
+    plane, a0, a1, a2, a3, a4 = lanes_of(o0, o1, b2, b3, o4, ROWS, COLUMNS, LAST, INDEX)
+    live = plane < planes
+    if LAST:
+        live = live & (a4 < o4)
     source = x + plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4)
-    if CARRY:
-        payload = carried + plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4)
+    payload = carried + plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4)
     if MASKED:
         n, c = plane // channels, plane % channels
         allowed = mask + n.to(tl.int64) * mask_strides[0] + c.to(tl.int64) * mask_strides[1]
     f0, e0 = start_of(a0, i0, o0, A0), stop_of(a0, i0, o0, A0)
     f1, e1 = start_of(a1, i1, o1, A1), stop_of(a1, i1, o1, A1)
-    f2, e2 = start_of(a2, i2, o2, A2), stop_of(a2, i2, o2, A2)
-    f3, e3 = start_of(a3, i3, o3, A3), stop_of(a3, i3, o3, A3)
+    f2, e2 = start_of(a2, i2, b2, A2), stop_of(a2, i2, b2, A2)
+    f3, e3 = start_of(a3, i3, b3, A3), stop_of(a3, i3, b3, A3)
     f4, e4 = start_of(a4, i4, o4, A4), stop_of(a4, i4, o4, A4)
-    best = tl.full([R, C], WORST, WIDE)
-    key = best
-    found = tl.zeros([R, C], tl.int1)
-    offset = tl.zeros([R, C], tl.int32)
-    if SAVE and not TRACK:  # a window of the worst value has the offset of its first element
-        offset += (
-            ((first_tap(f0, A0) * A1[0] + first_tap(f1, A1)) * A2[0] + first_tap(f2, A2)) * A3[0]
-            + first_tap(f3, A3)
-        ) * A4[0] + first_tap(f4, A4)
-    PAIRS: tl.constexpr = A4[1] == 2 and A4[2] == 1 and A4[0] > 1 and not TRACK
-    for t in tl.static_range(A0[0] * A1[0] * A2[0] * A3[0]):
-        p0 = f0 + t // (A1[0] * A2[0] * A3[0]) * A0[2]
-        p1 = f1 + t // (A2[0] * A3[0]) % A1[0] * A1[2]
-        p2 = f2 + t // A3[0] % A2[0] * A2[2]
-        p3 = f3 + t % A3[0] * A3[2]
-        here = (
-            live
-            & tap_inside(p0, e0, t // (A1[0] * A2[0] * A3[0]), A0)
-            & tap_inside(p1, e1, t // (A2[0] * A3[0]) % A1[0], A1)
-            & tap_inside(p2, e2, t // A3[0] % A2[0], A2)
-            & tap_inside(p3, e3, t % A3[0], A3)
-        )
-        row = (((p0 * i1 + p1) * i2 + p2) * i3 + p3) * i4
-        if PAIRS:
-            twice = first * 2 + tl.arange(0, 2 * C)[None, :]
-            for j in tl.static_range(-ODD, K4, 2):  # even addresses
-                at = twice + (j - A4[3])
-                inside = here & (twice < 2 * o4)
-                if j < A4[4]:
-                    inside = inside & (at >= 0)
-                if j + 1 >= A4[5]:
-                    inside = inside & (at < i4)
-                both = tl.load(source + row + at, mask=inside, other=WORST).to(WIDE)
-                even, odd = tl.split(tl.reshape(both, [R, C, 2]))
-                if j >= 0:
-                    best, key, offset, found = _meet(
-                        even, True, t * A4[0] + j, best, key, offset, found,
-                        KEY, LARGEST, FLOAT, SAVE, TRACK, t + j == 0,
-                    )  # fmt: skip
-                if j + 1 < A4[0]:
-                    best, key, offset, found = _meet(
-                        odd, True, t * A4[0] + j + 1, best, key, offset, found,
-                        KEY, LARGEST, FLOAT, SAVE, TRACK, t + j + 1 == 0,
-                    )  # fmt: skip
+    # The winner of a row: from its first tap where that lies inside, else from the worst value.
+    INSIDE: tl.constexpr = A4[4] == 0 and (ALONG == 3 or A3[4] == 0) and not TRACK
+    nothing = tl.full([ROWS, COLUMNS], WORST, WIDE)
+    nowhere = tl.zeros([ROWS, COLUMNS], tl.int32)
+    begin = nowhere
+    if SAVE and not TRACK and not INSIDE:
+        begin += first_tap(f4, A4)
+        if ALONG == 2:
+            begin += first_tap(f3, A3) * K4
+    best = ()
+    key = ()
+    offset = ()
+    found = ()
+    for o in tl.static_range(HEIGHT):
+        best = best + (nothing,)
+        key = key + (nothing,)
+        found = found + (tl.zeros([ROWS, COLUMNS], tl.int1),)
+        if SAVE and not TRACK:  # a window of the worst value has the offset of its first element
+            t2 = first_tap(f2 + o * S[1], S) if ALONG == 2 else first_tap(f2, A2)
+            t3 = first_tap(f3, A3) if ALONG == 2 else first_tap(f3 + o * S[1], S)
+            rows = ((first_tap(f0, A0) * A1[0] + first_tap(f1, A1)) * K2 + t2) * K3 + t3
+            offset = offset + (nowhere + rows * K4 + first_tap(f4, A4),)
         else:
-            for j in tl.static_range(K4):
-                p4 = f4 + j * A4[2]
-                valid = here & (a4 < o4) & tap_inside(p4, e4, j, A4)
-                if MASKED:
-                    at = strided(p0, p1, p2, p3, p4, mask_strides)
-                    valid = valid & (tl.load(allowed + at, mask=valid, other=0) != 0)
-                v = tl.load(source + row + p4, mask=valid, other=WORST).to(WIDE)
-                code = t * A4[0] + j
-                if CARRY:
-                    code = code * CARRY + tl.load(payload + row + p4, mask=valid, other=0).to(
-                        tl.int32
-                    )
-                best, key, offset, found = _meet(
-                    v, valid, code, best, key, offset, found,
-                    KEY, LARGEST, FLOAT, SAVE, TRACK, t + j == 0,
-                )  # fmt: skip
-    if not REGULAR and not TRACK:
-        number = count_inside(f0, e0, A0[0], A0) * count_inside(f1, e1, A1[0], A1)
-        number = number * count_inside(f2, e2, A2[0], A2) * count_inside(f3, e3, A3[0], A3)
-        found = live & (number * count_inside(f4, e4, A4[0], A4) > 0)
-    if TRACK or not REGULAR:
-        best = tl.where(found, best, 0)
-        offset = tl.where(found, offset, 0)
-    at = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4) + (((a0 * o1 + a1) * o2 + a2) * o3 + a3) * o4
-    written = live & (a4 < o4)
-    tl.store(y + at + a4, best.to(y.dtype.element_ty), mask=written)
-    if SAVE:
-        tl.store(state + at + a4, offset.to(state.dtype.element_ty), mask=written)
+            offset = offset + (nowhere,)
+    DEEP: tl.constexpr = 1 if ALONG == 2 else K2
+    OUTER: tl.constexpr = A0[0] * A1[0] * DEEP
+    TALL: tl.constexpr = A2[0] if ALONG == 2 else A3[0]
+    INNER: tl.constexpr = A3[0] if ALONG == 2 else 1
+    SIZE: tl.constexpr = S[0]
+    STEP: tl.constexpr = S[1] if HEIGHT > 1 else 0
+    ODD: tl.constexpr = A4[3] % 2
+    KNOWN: tl.constexpr = A0[4] + A1[4] + A2[4] + A3[4] + A4[4] == 0 and not TRACK
+    PAIRS: tl.constexpr = (
+        A4[1] == 2 and A4[2] == 1 and K4 > 1 and IN % 2 == 0 and not TRACK and not LAST
+    )
+    # Addresses go from pointer to pointer by steps that all lanes share: constants cost nothing.
+    start = source + (((f0 * i1 + f1) * i2 + f2) * i3 + f3) * i4
+    line = start + f4
+    pair = start
+    if PAIRS:
+        pair = start + 2 * a4 + tl.arange(0, 2)[None, :]
+    bring = payload + ((((f0 * i1 + f1) * i2 + f2) * i3 + f3) * i4 + f4)
+    for t in tl.static_range(OUTER):
+        p0, p1 = f0 + t // (A1[0] * DEEP) * A0[2], f1 + t // DEEP % A1[0] * A1[2]
+        outer = live & tap_inside(p0, e0, t // (A1[0] * DEEP), A0)
+        outer = outer & tap_inside(p1, e1, t // DEEP % A1[0], A1)
+        if ALONG == 3:
+            p2 = f2 + t % DEEP * A2[2]
+            outer = outer & tap_inside(p2, e2, t % DEEP, A2)
+        rows = ()
+        codes = ()
+        for r in tl.static_range(TALL):
+            if ALONG == 2:
+                p2 = f2 + r * A2[2]
+                across = outer & tap_inside(p2, e2, r, A2)
+            else:
+                p3 = f3 + r * A3[2]
+                across = outer & tap_inside(p3, e3, r, A3)
+            value = nothing
+            code = begin
+            for u in tl.static_range(INNER):
+                here = across
+                if ALONG == 2:
+                    p3 = f3 + u * A3[2]
+                    here = here & tap_inside(p3, e3, u, A3)
+                    below = r * A2[2] * i3 + u * A3[2]
+                else:
+                    below = t % DEEP * A2[2] * i3 + r * A3[2]
+                above = t // (A1[0] * DEEP) * A0[2] * i1 + t // DEEP % A1[0] * A1[2]
+                step = (above * i2 * i3 + below) * i4
+                if PAIRS:
+                    for j in tl.static_range(-ODD, K4, 2):  # even addresses
+                        at = 2 * a4 + tl.arange(0, 2)[None, :]
+                        inside = here
+                        if j < A4[4]:
+                            inside = inside & (at >= A4[3] - j)
+                        if j + 1 >= A4[5]:
+                            inside = inside & (at < i4 + (A4[3] - j))
+                        v = tl.load(pair + step + (j - A4[3]), mask=inside, other=WORST)
+                        even, odd = tl.split(tl.reshape(v.to(WIDE), [ROWS, COLUMNS, 2]))
+                        if j >= 0:
+                            value, code = _join(
+                                value, code, even, j, LARGEST, FLOAT, SAVE, INSIDE and j == 0
+                            )
+                        if j + 1 < K4:
+                            value, code = _join(
+                                value, code, odd, j + 1, LARGEST, FLOAT, SAVE, INSIDE and j == -1
+                            )
+                else:
+                    for j in tl.static_range(K4):
+                        p4 = f4 + j * A4[2]
+                        valid = here & tap_inside(p4, e4, j, A4)
+                        if MASKED:
+                            at = strided(p0, p1, p2, p3, p4, mask_strides)
+                            valid = valid & (tl.load(allowed + at, mask=valid, other=0) != 0)
+                        if MASKED or not (
+                            known(t // (A1[0] * DEEP), A0) and known(t // DEEP % A1[0], A1)
+                            and known(r if ALONG == 2 else t % DEEP, A2)
+                            and known(u if ALONG == 2 else r, A3) and known(j, A4)
+                        ):  # fmt: skip
+                            v = tl.load(line + step + j * A4[2], mask=valid, other=WORST)
+                        else:
+                            v = tl.load(line + step + j * A4[2], mask=live)
+                        v = v.to(WIDE)
+                        if TRACK:
+                            tap = ((t * TALL + r) * INNER + u) * K4 + j
+                            if CARRY:
+                                own = tl.load(bring + step + j * A4[2], mask=valid, other=0)
+                                tap = tap * CARRY + own.to(tl.int32)
+                            k = KEY(v)
+                            take = valid & ((found[0] == 0) | better(k, key[0], LARGEST, FLOAT))
+                            best = (tl.where(take, v, best[0]),)
+                            key = (tl.where(take, k, key[0]),)
+                            offset = (tl.where(take, tap, offset[0]),)
+                            found = (found[0] | valid,)
+                        else:
+                            value, code = _join(
+                                value, code, v, u * K4 + j, LARGEST, FLOAT, SAVE,
+                                INSIDE and u + j == 0,
+                            )  # fmt: skip
+            rows = rows + (value,)
+            codes = codes + (code,)
+        if not TRACK:
+            more = ()
+            places = ()
+            for o in tl.static_range(HEIGHT):
+                value = best[o]
+                code = offset[o]
+                for r in tl.static_range(SIZE):
+                    value, code = _join(
+                        value, code, rows[o * STEP + r],
+                        codes[o * STEP + r] + (t * S[0] + r) * (INNER * K4),
+                        LARGEST, FLOAT, SAVE, KNOWN and t + r == 0,
+                    )  # fmt: skip
+                more = more + (value,)
+                places = places + (code,)
+            best = more
+            offset = places
+    base = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4)
+    q2 = a2 * HEIGHT if ALONG == 2 else a2
+    q3 = a3 * HEIGHT if ALONG == 3 else a3
+    base += (((a0 * o1 + a1) * o2 + q2) * o3 + q3) * o4 + a4
+    to = y + base
+    also = state + base
+    for o in tl.static_range(HEIGHT):
+        q2 = a2 * HEIGHT + o if ALONG == 2 else a2
+        q3 = a3 * HEIGHT + o if ALONG == 3 else a3
+        value = best[o]
+        code = offset[o]
+        if not REGULAR and not TRACK:
+            if ALONG == 2:
+                number = count_inside(f2 + o * S[1], e2, K2, S) * count_inside(f3, e3, K3, A3)
+            else:
+                number = count_inside(f2, e2, K2, A2) * count_inside(f3 + o * S[1], e3, K3, S)
+            number = number * count_inside(f0, e0, A0[0], A0) * count_inside(f1, e1, A1[0], A1)
+            filled = live & (number * count_inside(f4, e4, K4, A4) > 0)
+            value, code = tl.where(filled, value, 0), tl.where(filled, code, 0)
+        if TRACK:
+            value, code = tl.where(found[o], value, 0), tl.where(found[o], code, 0)
+        written = live & ((q2 < o2) if ALONG == 2 else (q3 < o3))
+        step = o * o3 * o4 if ALONG == 2 else o * o4
+        tl.store(to + step, value.to(y.dtype.element_ty), mask=written)
+        if SAVE:
+            tl.store(also + step, code.to(state.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -260,14 +355,162 @@ def many_kernel(
 
 
 @triton.jit
-def backward_kernel(
-    grad, state, gx, rest, planes, ins, outs, kernels,
-    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
-    UNROLL: tl.constexpr, CARRY: tl.constexpr, WIDE: tl.constexpr,
+def near_kernel(
+    grad, state, gx, rest, planes, ins, outs,
+    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, ALONG: tl.constexpr,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr,
+    OUTER: tl.constexpr, UNROLL: tl.constexpr, CARRY: tl.constexpr, WIDE: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Lanes are groups of GROUP neighbouring inputs of a row (0: single inputs whose windows are
-    searched), each the sum of what the outputs that chose it send. With CARRY the state holds,
-    below the tap times CARRY, offsets that go to `rest` where the input was chosen."""
+    """A lane owns HEIGHT inputs along the axis ALONG times a stride of the next axis, whose windows
+    have places that are known when this is compiled; along the axes before it windows are
+    searched. Each output is read once and sends to the input that it chose. With CARRY the state
+    holds, below the tap times CARRY, offsets that go to `rest` where the input was chosen."""
+    R: tl.constexpr = W[ALONG]
+    Q: tl.constexpr = W[ALONG + 1]
+    SIDE: tl.constexpr = Q[1]
+    FIRST: tl.constexpr = -((R[0] - 1 - R[3]) // R[1])
+    FINAL: tl.constexpr = (HEIGHT - 1 + R[3]) // R[1]
+    LEFT: tl.constexpr = -((Q[0] - 1 - Q[3]) // Q[1])
+    RIGHT: tl.constexpr = (SIDE - 1 + Q[3]) // Q[1]
+    i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
+    o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
+    if LAST:
+        s2, s3, s4 = tl.cdiv(i2, HEIGHT), tl.cdiv(i3, SIDE), i4
+    else:
+        s2, s3, s4 = i2, tl.cdiv(i3, HEIGHT), tl.cdiv(i4, SIDE)
+    plane, a0, a1, a2, a3, a4 = lanes_of(i0, i1, s2, s3, s4, ROWS, COLUMNS, LAST, INDEX)
+    live = plane < planes
+    if LAST:
+        live = live & (a4 < s4)
+        r, q, rows, columns, reach = a2 * (HEIGHT // R[1]), a3, o2, o3, o4
+    else:
+        r, q, rows, columns, reach = a3 * (HEIGHT // R[1]), a4, o3, o4, 1
+    from_base = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4)
+    from_base += (r * columns + q) * reach
+    if LAST:
+        from_base += a4
+    total = ()
+    left = ()
+    for k in tl.static_range(HEIGHT * SIDE):
+        total = total + (tl.zeros([ROWS, COLUMNS], WIDE),)
+        left = left + (tl.zeros([ROWS, COLUMNS], tl.int32),)
+    if UNROLL:
+        for m in tl.static_range(OUTER):
+            total, left = _from_plane(
+                m, grad + from_base, state + from_base, live, a0, a1, a2, r, q, rows, columns,
+                reach, total, left, ins, outs, IN, OUT, W, R, Q, FIRST, FINAL, LEFT, RIGHT, LAST,
+                HEIGHT, SIDE, CARRY, WIDE,
+            )  # fmt: skip
+    else:
+        for m in range(OUTER):
+            total, left = _from_plane(
+                m, grad + from_base, state + from_base, live, a0, a1, a2, r, q, rows, columns,
+                reach, total, left, ins, outs, IN, OUT, W, R, Q, FIRST, FINAL, LEFT, RIGHT, LAST,
+                HEIGHT, SIDE, CARRY, WIDE,
+            )  # fmt: skip
+    base = plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4)
+    if LAST:
+        base += (((a0 * i1 + a1) * i2 + a2 * HEIGHT) * i3 + a3 * SIDE) * i4 + a4
+        line, tall, wide, first, second = i3 * i4, i2, i3, a2 * HEIGHT, a3 * SIDE
+    else:
+        base += (((a0 * i1 + a1) * i2 + a2) * i3 + a3 * HEIGHT) * i4 + a4 * SIDE
+        line, tall, wide, first, second = i4, i3, i4, a3 * HEIGHT, a4 * SIDE
+    next_one = i4 if LAST else 1
+    for u in tl.static_range(HEIGHT):
+        here = live & (first + u < tall)
+        if SIDE == 2 and not LAST and IN % 2 == 0 and not CARRY:
+            both = tl.reshape(tl.join(total[2 * u], total[2 * u + 1]), [ROWS, 2 * COLUMNS])
+            at = gx + base + u * line + tl.arange(0, 2)[None, :]
+            tl.store(at, both.to(gx.dtype.element_ty), mask=here & (second < wide))
+        else:
+            for c in tl.static_range(SIDE):
+                written = here & (second + c < wide)
+                at = base + u * line + c * next_one
+                sent = total[u * SIDE + c]
+                tl.store(gx + at, sent.to(gx.dtype.element_ty), mask=written)
+                if CARRY:
+                    below = left[u * SIDE + c]
+                    tl.store(rest + at, below.to(rest.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def _from_plane(
+    m, grad, state, live, a0, a1, a2, r, q, rows, columns, reach, total, left, ins, outs,
+    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+    FIRST: tl.constexpr, FINAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    LAST: tl.constexpr, HEIGHT: tl.constexpr, SIDE: tl.constexpr, CARRY: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """What the m-th position of the outputs along the searched axes sends to the inputs."""
+    A0: tl.constexpr = W[0]
+    A1: tl.constexpr = W[1]
+    A2: tl.constexpr = W[2]
+    i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
+    o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
+    DEEP: tl.constexpr = 1 if LAST else A2[8]
+    b0 = last_cover(a0, i0, o0, A0) - m // (A1[8] * DEEP)
+    b1 = last_cover(a1, i1, o1, A1) - m // DEEP % A1[8]
+    t0, in0 = cover(a0, b0, i0, o0, A0[0], A0)
+    t1, in1 = cover(a1, b1, i1, o1, A1[0], A1)
+    code = t0 * A1[0] + t1
+    index = b0 * o1 + b1
+    sent = live & in0 & in1
+    if LAST:
+        index = index * o2
+    else:
+        b2 = last_cover(a2, i2, o2, A2) - m % DEEP
+        t2, in2 = cover(a2, b2, i2, o2, A2[0], A2)
+        code = code * A2[0] + t2
+        index = (index * o2 + b2) * o3
+        sent = sent & in2
+    index = index * columns * reach
+    code = code * (R[0] * Q[0])
+    for d in tl.static_range(FIRST, FINAL + 1):
+        there = sent & (r + d < rows)
+        if d < 0:
+            there = there & (r + d >= 0)
+        for e in tl.static_range(LEFT, RIGHT + 1):
+            valid = there & (q + e < columns)
+            if e < 0:
+                valid = valid & (q + e >= 0)
+            step = (d * columns + e) * reach
+            chosen = tl.load(state + index + step, mask=valid, other=0).to(tl.int32)
+            g = tl.load(grad + index + step, mask=valid, other=0).to(WIDE)
+            below = chosen
+            if CARRY:
+                below = chosen % CARRY
+                chosen = chosen // CARRY
+            more = ()
+            lower = ()
+            for u in tl.static_range(HEIGHT):
+                for c in tl.static_range(SIDE):
+                    a = total[u * SIDE + c]
+                    b = left[u * SIDE + c]
+                    if (
+                        u + R[3] - d * R[1] >= 0 and u + R[3] - d * R[1] < R[0]
+                        and c + Q[3] - e * Q[1] >= 0 and c + Q[3] - e * Q[1] < Q[0]
+                    ):  # fmt: skip
+                        tap = (u + R[3] - d * R[1]) * Q[0] + (c + Q[3] - e * Q[1])
+                        mine = chosen == code + tap
+                        a += tl.where(mine, g, 0)
+                        if CARRY:
+                            b = tl.where(mine & valid, below, b)
+                    more = more + (a,)
+                    lower = lower + (b,)
+            total = more
+            left = lower
+    return total, left
+
+
+@triton.jit
+def search_kernel(
+    grad, state, gx, rest, planes, ins, outs, kernels,
+    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr,
+    CARRY: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Lanes are inputs, each the sum of what the outputs that chose it send; their windows are
+    searched along every axis. CARRY: see `near_kernel`."""
     A0: tl.constexpr = W[0]
     A1: tl.constexpr = W[1]
     A2: tl.constexpr = W[2]
@@ -275,52 +518,40 @@ def backward_kernel(
     A4: tl.constexpr = W[4]
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
-    SIDE: tl.constexpr = GROUP if GROUP > 0 else 1
     R: tl.constexpr = T[0] * T[1]
     C: tl.constexpr = T[2]
-    plane, a0, a1, a2, a3, a4, first = own(planes, i0, i1, i2, i3, tl.cdiv(i4, SIDE), T)
-    live = (plane < planes) & (a3 < i3)
+    COVERS: tl.constexpr = A0[8] * A1[8] * A2[8] * A3[8]
+    plane, a0, a1, a2, a3, a4, first = own(planes, i0, i1, i2, i3, i4, T)
+    live = (plane < planes) & (a3 < i3) & (a4 < i4)
     base = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4)
-    M0: tl.constexpr = A0[8]
-    M1: tl.constexpr = A1[8]
-    M2: tl.constexpr = A2[8]
-    M3: tl.constexpr = A3[8]
     total = tl.zeros([R, C], WIDE)
-    other = tl.zeros([R, C], WIDE)
     left = tl.zeros([R, C], tl.int32)
     h0 = last_cover(a0, i0, o0, A0)
     h1 = last_cover(a1, i1, o1, A1)
     h2 = last_cover(a2, i2, o2, A2)
     h3 = last_cover(a3, i3, o3, A3)
     if UNROLL:
-        for m in tl.static_range(M0 * M1 * M2 * M3):
+        for m in tl.static_range(COVERS):
             row, code, sent = _sender(
                 m, a0, a1, a2, a3, h0, h1, h2, h3, ins, outs, kernels, IN, OUT, W
             )
-            total, other, left = _receive(
+            total, left = _receive(
                 grad + base + row * o4, state + base + row * o4, code * kernels[4], live & sent,
-                a4, i4, o4, kernels[4], total, other, left, A4, GROUP, CARRY, WIDE,
+                a4, i4, o4, kernels[4], total, left, A4, CARRY, WIDE,
             )  # fmt: skip
     else:
-        for m in range(M0 * M1 * M2 * M3):
+        for m in range(COVERS):
             row, code, sent = _sender(
                 m, a0, a1, a2, a3, h0, h1, h2, h3, ins, outs, kernels, IN, OUT, W
             )
-            total, other, left = _receive(
+            total, left = _receive(
                 grad + base + row * o4, state + base + row * o4, code * kernels[4], live & sent,
-                a4, i4, o4, kernels[4], total, other, left, A4, GROUP, CARRY, WIDE,
+                a4, i4, o4, kernels[4], total, left, A4, CARRY, WIDE,
             )  # fmt: skip
     at = plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4) + (((a0 * i1 + a1) * i2 + a2) * i3 + a3) * i4
-    if SIDE == 2:
-        column = first * 2 + tl.arange(0, 2 * C)[None, :]
-        written = live & (column < i4)
-        both = tl.interleave(total, other)
-        tl.store(gx + at + column, both.to(gx.dtype.element_ty), mask=written)
-    else:
-        written = live & (a4 < i4)
-        tl.store(gx + at + a4, total.to(gx.dtype.element_ty), mask=written)
-        if CARRY:
-            tl.store(rest + at + a4, left.to(rest.dtype.element_ty), mask=written)
+    tl.store(gx + at + a4, total.to(gx.dtype.element_ty), mask=live)
+    if CARRY:
+        tl.store(rest + at + a4, left.to(rest.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -351,48 +582,23 @@ def _sender(
 
 @triton.jit
 def _receive(
-    grad, state, code, sent, a4, i4, o4, kernel, total, other, left,
-    A: tl.constexpr, GROUP: tl.constexpr, CARRY: tl.constexpr, WIDE: tl.constexpr,
+    grad, state, code, sent, a4, i4, o4, kernel, total, left,
+    A: tl.constexpr, CARRY: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What one row of outputs sends to a row of inputs."""
-    if GROUP > 0:
-        # The outputs at distance d from group q send to its r-th input through tap
-        # r + before - d * stride.
-        FROM: tl.constexpr = -((A[0] - 1 - A[3]) // GROUP)
-        TO: tl.constexpr = (GROUP - 1 + A[3]) // GROUP
-        for d in tl.static_range(FROM, TO + 1):
-            b4 = a4 + d
-            valid = sent & (b4 < o4)
-            if d < 0:
-                valid = valid & (b4 >= 0)
-            chosen = tl.load(state + b4, mask=valid, other=0).to(tl.int32)
-            g = tl.load(grad + b4, mask=valid, other=0).to(WIDE)
-            if CARRY:
-                below = chosen % CARRY
-                chosen = chosen // CARRY
-            for r in tl.static_range(GROUP):
-                if r + A[3] - d * GROUP >= 0 and r + A[3] - d * GROUP < A[0]:
-                    mine = chosen == code + (r + A[3] - d * GROUP)
-                    if r == 0:
-                        total += tl.where(mine, g, 0)
-                    else:
-                        other += tl.where(mine, g, 0)
-                    if CARRY:
-                        left = tl.where(mine & valid, below, left)
-    else:
-        h4 = last_cover(a4, i4, o4, A)
-        for m in range(A[8]):
-            tap, inside = cover(a4, h4 - m, i4, o4, kernel, A)
-            valid = sent & inside & (a4 < i4)
-            chosen = tl.load(state + h4 - m, mask=valid, other=0).to(tl.int32)
-            if CARRY:
-                below = chosen % CARRY
-                chosen = chosen // CARRY
-            mine = valid & (chosen == code + tap)
-            total += tl.load(grad + h4 - m, mask=mine, other=0).to(WIDE)
-            if CARRY:
-                left = tl.where(mine, below, left)
-    return total, other, left
+    h4 = last_cover(a4, i4, o4, A)
+    for m in range(A[8]):
+        tap, inside = cover(a4, h4 - m, i4, o4, kernel, A)
+        valid = sent & inside
+        chosen = tl.load(state + h4 - m, mask=valid, other=0).to(tl.int32)
+        if CARRY:
+            below = chosen % CARRY
+            chosen = chosen // CARRY
+        mine = valid & (chosen == code + tap)
+        total += tl.load(grad + h4 - m, mask=mine, other=0).to(WIDE)
+        if CARRY:
+            left = tl.where(mine, below, left)
+    return total, left
 
 
 # Launching
@@ -432,18 +638,24 @@ def few(
 ) -> None:  # fmt: skip
     """Winners of small windows; with `carried` offsets in the winners' own windows are kept below
     the tap, which counts `scale`."""
-    owned = geometry.tile(seen.planes, *seen.outs[-2:], ELEMENTS)
+    keyed = type(reduction).key is not Selection.key
+    track = keyed or mask is not None or carried is not None
+    owned = geometry.lanes_of_windows(seen, x.element_size(), 1 if track else ROWS_OF_A_LANE)
     ins, in_width = geometry.sizes(seen.ins)
     outs, out_width = geometry.sizes(seen.outs)
-    common = _common(x, reduction, bool(state.numel()))
-    keyed = type(reduction).key is not Selection.key
+    along = owned.along
+    spans = list(seen.spans)
+    spans[along] = geometry.block_span(seen, along, owned.height)
+    programs, index = geometry.dealt(seen.planes, seen.outs, owned, seen.channels_last)
     launching.launch(
-        few_kernel, geometry.programs(seen.planes, seen.outs, owned), x,
+        few_kernel, programs, x,
         x, y, state, x if mask is None else mask, state if carried is None else carried,
         seen.planes, seen.channels, ins, outs, geometry.mask_strides(mask, seen),
-        IN=in_width, OUT=out_width, W=geometry.constants(seen.spans), T=tuple(owned),
-        MASKED=mask is not None, CARRY=scale if carried is not None else 0,
-        TRACK=keyed or mask is not None or carried is not None, REGULAR=seen.regular, **common,
+        IN=in_width, OUT=out_width, W=geometry.constants(spans), S=tuple(seen.spans[along]),
+        ALONG=along, HEIGHT=owned.height, ROWS=owned.rows, COLUMNS=owned.columns,
+        MASKED=mask is not None, CARRY=scale if carried is not None else 0, TRACK=track,
+        REGULAR=seen.regular, LAST=seen.channels_last, INDEX=index,
+        **_common(x, reduction, bool(state.numel())),
     )  # fmt: skip
 
 
@@ -470,19 +682,28 @@ def send_back(
 ) -> None:
     """Sums for every input what the windows that chose it send. With `rest` states are split: the
     tap counts `scale`, what lies below goes to the inputs that were chosen."""
-    spans = list(seen.loose)
-    group = geometry.group(seen) if rest is None or seen.spans[-1].stride == 1 else 0
-    if group:
-        spans[-1] = seen.spans[-1]
-    columns = -(-seen.ins[-1] // max(1, group))
-    sides = (*seen.ins[:-1], columns)
-    owned = geometry.tile(seen.planes, seen.ins[-2], columns, ELEMENTS // max(1, group))
     ins, in_width = geometry.sizes(seen.ins)
     outs, out_width = geometry.sizes(seen.outs)
-    rows = seen.covers // seen.spans[-1].covers
+    tensors = (grad, state, gx, state if rest is None else rest)
+    shared = {
+        "IN": in_width, "OUT": out_width, "CARRY": scale, "WIDE": geometry.compute(grad.dtype),
+    }  # fmt: skip
+    owned = geometry.lanes_of_inputs(seen, grad.element_size(), ROWS_OF_A_LANE)
+    if owned is not None:
+        sides = geometry.grouped(seen, owned.along + 1)
+        programs, index = geometry.dealt(seen.planes, sides, owned, seen.channels_last)
+        outer = math.prod(span.covers for span in seen.spans[: owned.along])
+        launching.launch(
+            near_kernel, programs, grad, *tensors, seen.planes, ins, outs,
+            W=geometry.constants(seen.spans), ALONG=owned.along, HEIGHT=owned.height,
+            ROWS=owned.rows, COLUMNS=owned.columns, LAST=seen.channels_last, OUTER=outer,
+            UNROLL=outer <= 3, INDEX=index, **shared,
+        )  # fmt: skip
+        return
+    tile = geometry.tile(seen.planes, *seen.ins[-2:], ELEMENTS)
     launching.launch(
-        backward_kernel, geometry.programs(seen.planes, sides, owned), grad,
-        grad, state, gx, state if rest is None else rest, seen.planes, ins, outs, seen.kernels,
-        IN=in_width, OUT=out_width, W=geometry.constants(spans), T=tuple(owned), GROUP=group,
-        UNROLL=rows <= UNROLLED_COVERS, CARRY=scale, WIDE=geometry.compute(grad.dtype),
+        search_kernel, geometry.programs(seen.planes, seen.ins, tile), grad,
+        *tensors, seen.planes, ins, outs, seen.kernels,
+        W=geometry.constants(seen.loose), T=tuple(tile),
+        UNROLL=seen.covers // seen.spans[-1].covers <= UNROLLED_COVERS, **shared,
     )  # fmt: skip
