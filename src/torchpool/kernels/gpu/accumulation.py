@@ -24,6 +24,7 @@ from torchpool.kernels.gpu.geometry import (
     count_inside,
     count_padded,
     cover,
+    lanes_of,
     last_cover,
     own,
     start_of,
@@ -41,25 +42,27 @@ ELEMENTS = 1024
 FEW = 32
 """Windows up to this size are unrolled."""
 UNROLLED_COVERS = 16
+ROWS_OF_A_LANE = 4
+"""Neighbouring windows that share what they read."""
 _ANCHORS = {None: 0, "max": 1, "mean": 2}
 
 
 @triton.jit
 def _tap(
-    x, at, valid, weights, w_at, mask, m_at,
+    x, live, valid, weights, w_at, mask, m_at,
     READ: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Value (0 unless READ) and weight of taps, and whether they take part: a weight of 0 does
-    not."""
+    """Value (0 unless READ) and weight of the taps at x, and whether they take part: a weight of 0
+    does not. Lanes that are not live read nothing."""
     if MASKED:
-        valid = valid & (tl.load(mask + m_at, mask=valid, other=0) != 0)
+        valid = valid & (tl.load(mask + m_at, mask=live & valid, other=0) != 0)
     w = 1.0
     if WEIGHTED:
-        w = tl.load(weights + w_at, mask=valid, other=0).to(WIDE)
+        w = tl.load(weights + w_at, mask=live & valid, other=0).to(WIDE)
         valid = valid & (w != 0)
     v = tl.zeros([1, 1], WIDE)
     if READ:
-        v = tl.load(x + at, mask=valid, other=0).to(WIDE)
+        v = tl.load(x, mask=live & valid, other=0).to(WIDE)
     return v, w, valid
 
 
@@ -160,10 +163,10 @@ def _put(
 
 @triton.jit
 def _put_by_parameter(
-    parts, grad, at, written, place, number, n, sums, slopes, anchor, p,
-    GRAD: tl.constexpr, LEAST: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr,
+    parts, grad, at, written, number, n, sums, slopes, anchor, p,
+    GRAD: tl.constexpr, LEAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes what the windows of a program add to dL/dp, summed along AXIS."""
+    """Writes what each window adds to dL/dp."""
     filled = ~(number <= LEAST(p))
     n = tl.where(filled, n, LEAST(p) + 1)
     safe = ()
@@ -174,35 +177,53 @@ def _put_by_parameter(
     for k in tl.static_range(len(sums)):
         part += by_sums[k] * slopes[k]
     g = tl.load(grad + at, mask=written, other=0).to(WIDE)
-    part = tl.sum(tl.where(filled & written, g * part, 0), AXIS, keep_dims=True)
-    tl.store(parts + place[0], part, mask=place[1])
+    tl.store(parts + at, tl.where(filled, g * part, 0), mask=written)
 
 
 @triton.jit
 def few_kernel(
     x, y, saved, ps, mask, weights, grad, planes, total, channels, ins, outs, mask_strides,
     weight_strides,
-    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, T: tl.constexpr, KEY: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, V: tl.constexpr, ALONG: tl.constexpr,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEY: tl.constexpr,
     TERMS: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr, LEAST: tl.constexpr,
     SLOPES: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr, PARAMETER: tl.constexpr,
     PER_CHANNEL: tl.constexpr, LAST: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
     PADDED: tl.constexpr, DIVISOR: tl.constexpr, EXACT: tl.constexpr, SAVE: tl.constexpr,
-    BY_PARAMETER: tl.constexpr, READ: tl.constexpr, WIDE: tl.constexpr,
+    BY_PARAMETER: tl.constexpr, READ: tl.constexpr, FACTOR: tl.constexpr, CLOSED: tl.constexpr,
+    WIDE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Lanes are outputs. BY_PARAMETER: writes the parts of dL/dp instead of the values."""
+    """A lane owns HEIGHT windows, neighbours along the axis ALONG (2 or 3); V are the spans of
+    single windows, in W stands what they look at together. Every element is read once; without an
+    anchor the sum of a row goes to all windows that see it. The value is the sum times FACTOR where
+    that is known, the sum / n where CLOSED. BY_PARAMETER: writes the parts of dL/dp instead."""
     A0: tl.constexpr = W[0]
     A1: tl.constexpr = W[1]
     A2: tl.constexpr = W[2]
     A3: tl.constexpr = W[3]
     A4: tl.constexpr = W[4]
+    S: tl.constexpr = V[ALONG]
+    SIZE: tl.constexpr = S[0]
+    STEP: tl.constexpr = S[1] if HEIGHT > 1 else 0
+    K4: tl.constexpr = A4[0]
+    DEEP: tl.constexpr = 1 if ALONG == 2 else A2[0]
+    OUTER: tl.constexpr = A0[0] * A1[0] * DEEP
+    TALL: tl.constexpr = A2[0] if ALONG == 2 else A3[0]
+    INNER: tl.constexpr = A3[0] if ALONG == 2 else 1
+    PAIRS: tl.constexpr = (
+        A4[1] == 2 and A4[2] == 1 and K4 > 1 and IN % 2 == 0
+        and READ and not MASKED and not WEIGHTED and not LAST
+    )  # fmt: skip
+    ODD: tl.constexpr = A4[3] % 2
+    KEEP: tl.constexpr = ANCHOR != 0 or BY_PARAMETER
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
-    K4: tl.constexpr = A4[0]
-    ODD: tl.constexpr = A4[3] % 2
-    R: tl.constexpr = T[0] * T[1]
-    C: tl.constexpr = T[2]
-    plane, a0, a1, a2, a3, a4, first = own(planes, o0, o1, o2, o3, o4, T)
-    live = (plane < planes) & (a3 < o3)
+    b2 = tl.cdiv(o2, HEIGHT) if ALONG == 2 else o2
+    b3 = tl.cdiv(o3, HEIGHT) if ALONG == 3 else o3
+    plane, a0, a1, a2, a3, a4 = lanes_of(o0, o1, b2, b3, o4, ROWS, COLUMNS, LAST, INDEX)
+    live = plane < planes
+    if LAST:
+        live = live & (a4 < o4)
     source = x + plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4)
     n, c = (plane // channels).to(tl.int64), plane % channels
     weight = weights + n * weight_strides[0] + c * weight_strides[1]
@@ -213,112 +234,168 @@ def few_kernel(
         p = tl.load(ps + channel, mask=channel < (o4 if LAST else channels), other=1).to(WIDE)
     f0, e0 = start_of(a0, i0, o0, A0), stop_of(a0, i0, o0, A0)
     f1, e1 = start_of(a1, i1, o1, A1), stop_of(a1, i1, o1, A1)
-    f2, e2 = start_of(a2, i2, o2, A2), stop_of(a2, i2, o2, A2)
-    f3, e3 = start_of(a3, i3, o3, A3), stop_of(a3, i3, o3, A3)
+    f2, e2 = start_of(a2, i2, b2, A2), stop_of(a2, i2, b2, A2)
+    f3, e3 = start_of(a3, i3, b3, A3), stop_of(a3, i3, b3, A3)
     f4, e4 = start_of(a4, i4, o4, A4), stop_of(a4, i4, o4, A4)
-    anchor = tl.zeros([R, C], WIDE)
-    number = tl.zeros([R, C], WIDE)
-    sums = ()
-    slopes = ()
+    nothing = tl.zeros([ROWS, COLUMNS], WIDE)
+    none = ()
     for k in tl.static_range(SUMS):
-        sums = sums + (tl.zeros([R, C], WIDE),)
-        slopes = slopes + (tl.zeros([R, C], WIDE),)
-    PAIRS: tl.constexpr = (
-        A4[1] == 2 and A4[2] == 1 and A4[0] > 1 and READ and not MASKED and not WEIGHTED
-    )
-    for turn in tl.static_range(0 if ANCHOR else 1, 2):
-        for t in tl.static_range(A0[0] * A1[0] * A2[0] * A3[0]):
-            p0 = f0 + t // (A1[0] * A2[0] * A3[0]) * A0[2]
-            p1 = f1 + t // (A2[0] * A3[0]) % A1[0] * A1[2]
-            p2 = f2 + t // A3[0] % A2[0] * A2[2]
-            p3 = f3 + t % A3[0] * A3[2]
-            here = (
-                live
-                & tap_inside(p0, e0, t // (A1[0] * A2[0] * A3[0]), A0)
-                & tap_inside(p1, e1, t // (A2[0] * A3[0]) % A1[0], A1)
-                & tap_inside(p2, e2, t // A3[0] % A2[0], A2)
-                & tap_inside(p3, e3, t % A3[0], A3)
-            )
-            row = (((p0 * i1 + p1) * i2 + p2) * i3 + p3) * i4
-            if PAIRS:
-                twice = first * 2 + tl.arange(0, 2 * C)[None, :]
-                for j in tl.static_range(-ODD, K4, 2):  # even addresses
-                    at = twice + (j - A4[3])
-                    inside = here & (twice < 2 * o4)
-                    if j < A4[4]:
-                        inside = inside & (at >= 0)
-                    if j + 1 >= A4[5]:
-                        inside = inside & (at < i4)
-                    both = tl.load(source + row + at, mask=inside, other=0).to(WIDE)
-                    pair = tl.split(tl.reshape(both, [R, C, 2]))
-                    for side in tl.static_range(2):
-                        if j + side >= 0 and j + side < A4[0]:
-                            p4 = f4 + (j + side)
-                            valid = here & (a4 < o4) & tap_inside(p4, e4, j + side, A4)
-                            if turn == 0:
-                                anchor, number = _anchor_more(
-                                    pair[side], 1.0, valid, p, anchor, number, KEY, ANCHOR, WIDE
-                                )
-                            else:
-                                if BY_PARAMETER:
-                                    slopes, _ = _sums_more(
-                                        pair[side], 1.0, valid, anchor, p, slopes, number,
-                                        SLOPES, False, WIDE,
-                                    )  # fmt: skip
-                                sums, number = _sums_more(
-                                    pair[side], 1.0, valid, anchor, p, sums, number,
-                                    TERMS, EXACT, WIDE,
-                                )  # fmt: skip
+        none = none + (nothing,)
+    sums = ()
+    numbers = ()
+    for o in tl.static_range(HEIGHT):
+        sums = sums + (none,)
+        numbers = numbers + (nothing,)
+    start = source + (((f0 * i1 + f1) * i2 + f2) * i3 + f3) * i4
+    line = start + f4
+    pair = start
+    if PAIRS:
+        pair = start + 2 * a4 + tl.arange(0, 2)[None, :]
+    kept = ()
+    for t in tl.static_range(OUTER):
+        p0, p1 = f0 + t // (A1[0] * DEEP) * A0[2], f1 + t // DEEP % A1[0] * A1[2]
+        outer = tap_inside(p0, e0, t // (A1[0] * DEEP), A0)
+        outer = outer & tap_inside(p1, e1, t // DEEP % A1[0], A1)
+        p2 = f2
+        p3 = f3
+        if ALONG == 3:
+            p2 = f2 + t % DEEP * A2[2]
+            outer = outer & tap_inside(p2, e2, t % DEEP, A2)
+        rows = ()
+        counts = ()
+        for r in tl.static_range(TALL):
+            if ALONG == 2:
+                p2 = f2 + r * A2[2]
+                across = outer & tap_inside(p2, e2, r, A2)
             else:
-                for j in tl.static_range(K4):
-                    p4 = f4 + j * A4[2]
-                    valid = here & (a4 < o4) & tap_inside(p4, e4, j, A4)
-                    v, w, valid = _tap(
-                        source, row + p4, valid,
-                        weight, strided(p0, p1, p2, p3, p4, weight_strides),
-                        allowed, strided(p0, p1, p2, p3, p4, mask_strides),
-                        READ, WEIGHTED, MASKED, WIDE,
-                    )  # fmt: skip
-                    if turn == 0:
-                        anchor, number = _anchor_more(
-                            v, w, valid, p, anchor, number, KEY, ANCHOR, WIDE
-                        )
-                    else:
-                        if BY_PARAMETER:
-                            slopes, _ = _sums_more(
-                                v, w, valid, anchor, p, slopes, number, SLOPES, False, WIDE
+                p3 = f3 + r * A3[2]
+                across = outer & tap_inside(p3, e3, r, A3)
+            row = none
+            count = nothing
+            for u in tl.static_range(INNER):
+                here = across
+                if ALONG == 2:
+                    p3 = f3 + u * A3[2]
+                    here = here & tap_inside(p3, e3, u, A3)
+                    below = r * A2[2] * i3 + u * A3[2]
+                else:
+                    below = t % DEEP * A2[2] * i3 + r * A3[2]
+                above = t // (A1[0] * DEEP) * A0[2] * i1 + t // DEEP % A1[0] * A1[2]
+                step = (above * i2 * i3 + below) * i4
+                if PAIRS:
+                    for j in tl.static_range(-ODD, K4, 2):  # even addresses
+                        at = 2 * a4 + tl.arange(0, 2)[None, :]
+                        inside = live & here
+                        if j < A4[4]:
+                            inside = inside & (at >= A4[3] - j)
+                        if j + 1 >= A4[5]:
+                            inside = inside & (at < i4 + (A4[3] - j))
+                        both = tl.load(pair + step + (j - A4[3]), mask=inside, other=0).to(WIDE)
+                        sides = tl.split(tl.reshape(both, [ROWS, COLUMNS, 2]))
+                        for s in tl.static_range(2):
+                            if j + s >= 0 and j + s < K4:
+                                valid = here & tap_inside(f4 + (j + s), e4, j + s, A4)
+                                if KEEP:
+                                    kept = kept + ((sides[s], 1.0, valid),)
+                                else:
+                                    row, count = _sums_more(
+                                        sides[s], 1.0, valid, nothing, p, row, count,
+                                        TERMS, EXACT, WIDE,
+                                    )  # fmt: skip
+                else:
+                    for j in tl.static_range(K4):
+                        p4 = f4 + j * A4[2]
+                        v, w, valid = _tap(
+                            line + step + j * A4[2], live, here & tap_inside(p4, e4, j, A4),
+                            weight, strided(p0, p1, p2, p3, p4, weight_strides),
+                            allowed, strided(p0, p1, p2, p3, p4, mask_strides),
+                            READ, WEIGHTED, MASKED, WIDE,
+                        )  # fmt: skip
+                        if KEEP:
+                            kept = kept + ((v, w, valid),)
+                        else:
+                            row, count = _sums_more(
+                                v, w, valid, nothing, p, row, count, TERMS, EXACT, WIDE
                             )
-                        sums, number = _sums_more(
-                            v, w, valid, anchor, p, sums, number, TERMS, EXACT, WIDE
+            rows = rows + (row,)
+            counts = counts + (count,)
+        if not KEEP:
+            more = ()
+            weighed = ()
+            for o in tl.static_range(HEIGHT):
+                window = sums[o]
+                number = numbers[o]
+                for r in tl.static_range(SIZE):
+                    window = _added(window, rows[o * STEP + r])
+                    number += counts[o * STEP + r]
+                more = more + (window,)
+                weighed = weighed + (number,)
+            sums = more
+            numbers = weighed
+    kernels = (V[0][0], V[1][0], V[2][0], V[3][0], K4)
+    base = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4)
+    base += (
+        ((a0 * o1 + a1) * o2 + (a2 * HEIGHT if ALONG == 2 else a2)) * o3
+        + (a3 * HEIGHT if ALONG == 3 else a3)
+    ) * o4 + a4
+    for o in tl.static_range(HEIGHT):
+        anchor = nothing
+        window = sums[o]
+        slopes = none
+        number = numbers[o]
+        if KEEP:
+            if ANCHOR:
+                for t in tl.static_range(OUTER):
+                    for r in tl.static_range(SIZE * INNER * K4):
+                        tap = kept[(t * TALL + o * STEP) * (INNER * K4) + r]
+                        anchor, number = _anchor_more(
+                            tap[0], tap[1], tap[2], p, anchor, number, KEY, ANCHOR, WIDE
                         )
-        if turn == 0:
-            if ANCHOR == 2:
-                anchor = anchor / tl.where(number != 0, number, 1)
-            number = tl.zeros([R, C], WIDE)
-    starts, stops = (f0, f1, f2, f3, f4), (e0, e1, e2, e3, e4)
-    kernels = (A0[0], A1[0], A2[0], A3[0], A4[0])
-    if not MASKED and not WEIGHTED:
-        number = tl.zeros([R, C], WIDE) + _count(starts, stops, kernels, W, False)
-    n = _divisor(number, starts, stops, kernels, W, PADDED, DIVISOR, WIDE)
-    at = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4) + (((a0 * o1 + a1) * o2 + a2) * o3 + a3) * o4
-    written = live & (a4 < o4)
-    if BY_PARAMETER:
-        if LAST:  # (program's rows, channel)
-            block = tl.program_id(0) // tl.cdiv(o4, C)
-            place = (block.to(tl.int64) * o4 + a4, a4 < o4)
-        else:  # (channels first: plane and row of outputs, block of columns)
-            line = ((plane.to(tl.int64) * o0 + a0) * o1 + a1) * o2 + a2
-            line = (line * o3 + a3) * tl.cdiv(o4, C) + first // C
-            place = (line, live)
-        _put_by_parameter(
-            y, grad, at + a4, written, place, number, n, sums, slopes, anchor, p,
-            GRAD, LEAST, 0 if LAST else 1, WIDE,
-        )  # fmt: skip
-    else:
-        _put(
-            y, saved, at + a4, written, total, number, n, sums, anchor, p,
-            FINISH, GRAD, LEAST, SAVE, DIVISOR,
-        )  # fmt: skip
+                if ANCHOR == 2:
+                    anchor = anchor / tl.where(number != 0, number, 1)
+                number = nothing
+            for t in tl.static_range(OUTER):
+                for r in tl.static_range(SIZE * INNER * K4):
+                    tap = kept[(t * TALL + o * STEP) * (INNER * K4) + r]
+                    if BY_PARAMETER:
+                        slopes, _ = _sums_more(
+                            tap[0], tap[1], tap[2], anchor, p, slopes, number, SLOPES, False, WIDE
+                        )
+                    window, number = _sums_more(
+                        tap[0], tap[1], tap[2], anchor, p, window, number, TERMS, EXACT, WIDE
+                    )
+        g2 = f2 + o * STEP if ALONG == 2 else f2
+        g3 = f3 + o * STEP if ALONG == 3 else f3
+        starts, stops = (f0, f1, g2, g3, f4), (e0, e1, e2, e3, e4)
+        at = base + o * (o3 * o4 if ALONG == 2 else o4)
+        written = live & ((a2 * HEIGHT + o < o2) if ALONG == 2 else (a3 * HEIGHT + o < o3))
+        if FACTOR is not None:
+            tl.store(y + at, (window[0] * FACTOR).to(y.dtype.element_ty), mask=written)
+        elif CLOSED:
+            m = tl.maximum(_count(starts, stops, kernels, V, PADDED), 1)
+            tl.store(y + at, (window[0] / m).to(y.dtype.element_ty), mask=written)
+        else:
+            if not MASKED and not WEIGHTED:
+                number = nothing + _count(starts, stops, kernels, V, False)
+            m = _divisor(number, starts, stops, kernels, V, PADDED, DIVISOR, WIDE)
+            if BY_PARAMETER:
+                _put_by_parameter(
+                    y, grad, at, written, number, m, window, slopes, anchor, p, GRAD, LEAST, WIDE
+                )
+            else:
+                _put(
+                    y, saved, at, written, total, number, m, window, anchor, p,
+                    FINISH, GRAD, LEAST, SAVE, DIVISOR,
+                )  # fmt: skip
+
+
+@triton.jit
+def _added(values, more):
+    """Two tuples, element by element."""
+    both = ()
+    for k in tl.static_range(len(values)):
+        both = both + (values[k] + more[k],)
+    return both
 
 
 @triton.jit
@@ -391,9 +468,8 @@ def many_kernel(
     m = _divisor(number, starts, stops, kernels, W, PADDED, DIVISOR, WIDE)
     if BY_PARAMETER:
         _put_by_parameter(
-            y, grad, lane, live, (lane, live), number, m, reduced, reduced_slopes, anchor, p,
-            GRAD, LEAST, 0, WIDE,
-        )  # fmt: skip
+            y, grad, lane, live, number, m, reduced, reduced_slopes, anchor, p, GRAD, LEAST, WIDE
+        )
     else:
         _put(
             y, saved, lane, live, total, number, m, reduced, anchor, p,
@@ -412,132 +488,284 @@ def _block_of_taps(
     if WHOLE:
         at = t * (ins[4] * IN) + starts[4] if LAST else t
         return _tap(
-            source, at, live & (t < taps), weight, 0, allowed, 0, READ, WEIGHTED, MASKED, WIDE
-        )
+            source + at, live, live & (t < taps), weight, 0, allowed, 0,
+            READ, WEIGHTED, MASKED, WIDE,
+        )  # fmt: skip
     else:
         at, inside, p = taps_of(t, starts, stops, ins, kernels, IN, W)
         return _tap(
-            source, at, live & inside, weight,
+            source + at, live, live & inside, weight,
             strided(p[0], p[1], p[2], p[3], p[4], weight_strides), allowed,
             strided(p[0], p[1], p[2], p[3], p[4], mask_strides), READ, WEIGHTED, MASKED, WIDE,
         )  # fmt: skip
 
 
 @triton.jit
-def backward_kernel(
+def near_kernel(
+    grad, x, gx, gw, saved, ps, mask, weights, planes, outputs, channels, ins, outs,
+    mask_strides, weight_strides,
+    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, ALONG: tl.constexpr,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTER: tl.constexpr,
+    UNROLL: tl.constexpr, TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr,
+    CLOSED: tl.constexpr, LINEAR: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr,
+    PARAMETER: tl.constexpr, PER_CHANNEL: tl.constexpr, LAST: tl.constexpr, MASKED: tl.constexpr,
+    WEIGHTED: tl.constexpr, PADDED: tl.constexpr, TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr,
+    WIDE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """A lane owns HEIGHT inputs along the axis ALONG times a stride of the next axis, whose windows
+    have places that are known when this is compiled; along the axes before it windows are
+    searched. Each output is read once. The derivatives of the values are FACTOR where they are the
+    same everywhere, 1 / n where CLOSED, else read from `saved`."""
+    R: tl.constexpr = W[ALONG]
+    Q: tl.constexpr = W[ALONG + 1]
+    SIDE: tl.constexpr = Q[1]
+    i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
+    o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
+    if LAST:
+        s2, s3, s4 = tl.cdiv(i2, HEIGHT), tl.cdiv(i3, SIDE), i4
+    else:
+        s2, s3, s4 = i2, tl.cdiv(i3, HEIGHT), tl.cdiv(i4, SIDE)
+    plane, a0, a1, a2, a3, a4 = lanes_of(i0, i1, s2, s3, s4, ROWS, COLUMNS, LAST, INDEX)
+    live = plane < planes
+    at = plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4)
+    start = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4)
+    if LAST:
+        live = live & (a4 < s4)
+        r, q, tall, wide = a2 * (HEIGHT // R[1]), a3, i2, i3
+        first, second = a2 * HEIGHT, a3 * SIDE
+        at += (((a0 * i1 + a1) * i2 + first) * i3 + second) * i4 + a4
+        start += (r * o3 + q) * o4 + a4
+    else:
+        r, q, tall, wide = a3 * (HEIGHT // R[1]), a4, i3, i4
+        first, second = a3 * HEIGHT, a4 * SIDE
+        at += (((a0 * i1 + a1) * i2 + a2) * i3 + first) * i4 + second
+        start += r * o4 + q
+    line = i3 * i4 if LAST else i4
+    beside = i4 if LAST else 1
+    n, c = (plane // channels).to(tl.int64), plane % channels
+    p = tl.zeros([1, 1], WIDE)
+    if PARAMETER:
+        channel = (a4 if LAST else c) if PER_CHANNEL else c * 0
+        p = tl.load(ps + channel, mask=channel < (i4 if LAST else channels), other=1).to(WIDE)
+    values = ()
+    received = ()
+    weighing = ()
+    for u in tl.static_range(HEIGHT):
+        for s in tl.static_range(SIDE):
+            v = tl.zeros([1, 1], WIDE)
+            if not LINEAR or TO_WEIGHTS:
+                inside = live & (first + u < tall) & (second + s < wide)
+                v = tl.load(x + at + (u * line + s * beside), mask=inside, other=0).to(WIDE)
+            values = values + (v,)
+            received = received + (tl.zeros([ROWS, COLUMNS], WIDE),)
+            weighing = weighing + (tl.zeros([ROWS, COLUMNS], WIDE),)
+    if UNROLL:
+        for m in tl.static_range(OUTER):
+            received, weighing = _from_plane(
+                m, grad, saved, start, outputs, live, a0, a1, a2, r, q, values, p,
+                received, weighing, ins, outs, IN, OUT, W, R, Q, HEIGHT, SIDE, TERMS, SLOPES,
+                FACTOR, CLOSED, ANCHOR, SUMS, LAST, PADDED, TO_WEIGHTS, WIDE,
+            )  # fmt: skip
+    else:
+        for m in range(OUTER):
+            received, weighing = _from_plane(
+                m, grad, saved, start, outputs, live, a0, a1, a2, r, q, values, p,
+                received, weighing, ins, outs, IN, OUT, W, R, Q, HEIGHT, SIDE, TERMS, SLOPES,
+                FACTOR, CLOSED, ANCHOR, SUMS, LAST, PADDED, TO_WEIGHTS, WIDE,
+            )  # fmt: skip
+    weight = weights + n * weight_strides[0] + c * weight_strides[1]
+    allowed = mask + n * mask_strides[0] + c * mask_strides[1]
+    for u in tl.static_range(HEIGHT):
+        here = live & (first + u < tall)
+        if SIDE == 2 and not LAST and IN % 2 == 0 and not MASKED and not WEIGHTED:
+            both = tl.reshape(tl.join(received[2 * u], received[2 * u + 1]), [ROWS, 2 * COLUMNS])
+            pair = gx + at + u * line + tl.arange(0, 2)[None, :]
+            tl.store(pair, both.to(gx.dtype.element_ty), mask=here & (second < wide))
+        else:
+            for s in tl.static_range(SIDE):
+                written = here & (second + s < wide)
+                takes_part = written
+                total = received[u * SIDE + s]
+                if LAST:
+                    p2, p3, p4 = first + u, second + s, a4
+                else:
+                    p2, p3, p4 = a2, first + u, second + s
+                if MASKED:
+                    there = allowed + strided(a0, a1, p2, p3, p4, mask_strides)
+                    takes_part = takes_part & (tl.load(there, mask=written, other=0) != 0)
+                if WEIGHTED:
+                    there = weight + strided(a0, a1, p2, p3, p4, weight_strides)
+                    w = tl.load(there, mask=written, other=0).to(WIDE)
+                    takes_part = takes_part & (w != 0)
+                    total = total * w
+                to = at + (u * line + s * beside)
+                if TO_X:
+                    if MASKED or WEIGHTED:
+                        total = tl.where(takes_part, total, 0)
+                    tl.store(gx + to, total.to(gx.dtype.element_ty), mask=written)
+                if TO_WEIGHTS:
+                    total = tl.where(takes_part, weighing[u * SIDE + s], 0)
+                    tl.store(gw + to, total, mask=written)
+
+
+@triton.jit
+def _from_plane(
+    m, grad, saved, start, outputs, live, a0, a1, a2, r, q, values, p, received, weighing, ins,
+    outs,
+    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+    HEIGHT: tl.constexpr, SIDE: tl.constexpr, TERMS: tl.constexpr, SLOPES: tl.constexpr,
+    FACTOR: tl.constexpr, CLOSED: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr,
+    LAST: tl.constexpr, PADDED: tl.constexpr, TO_WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What the m-th position of the outputs along the searched axes sends to the inputs."""
+    A0: tl.constexpr = W[0]
+    A1: tl.constexpr = W[1]
+    A2: tl.constexpr = W[2]
+    FIRST: tl.constexpr = -((R[0] - 1 - R[3]) // R[1])
+    FINAL: tl.constexpr = (HEIGHT - 1 + R[3]) // R[1]
+    LEFT: tl.constexpr = -((Q[0] - 1 - Q[3]) // Q[1])
+    RIGHT: tl.constexpr = (SIDE - 1 + Q[3]) // Q[1]
+    DEEP: tl.constexpr = 1 if LAST else A2[8]
+    i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
+    o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
+    b0 = last_cover(a0, i0, o0, A0) - m // (A1[8] * DEEP)
+    b1 = last_cover(a1, i1, o1, A1) - m // DEEP % A1[8]
+    t0, in0 = cover(a0, b0, i0, o0, A0[0], A0)
+    t1, in1 = cover(a1, b1, i1, o1, A1[0], A1)
+    index = b0 * o1 + b1
+    sent = live & in0 & in1
+    number = _axis_count(b0, i0, o0, A0[0], A0, PADDED) * _axis_count(b1, i1, o1, A1[0], A1, PADDED)
+    if LAST:
+        index = index * (o2 * o3 * o4)
+        rows, columns, reach, tall, wide = o2, o3, o4, i2, i3
+    else:
+        b2 = last_cover(a2, i2, o2, A2) - m % DEEP
+        t2, in2 = cover(a2, b2, i2, o2, A2[0], A2)
+        sent = sent & in2
+        number = number * _axis_count(b2, i2, o2, A2[0], A2, PADDED)
+        index = (index * o2 + b2) * (o3 * o4)
+        rows, columns, reach, tall, wide = o3, o4, 1, i3, i4
+    for d in tl.static_range(FIRST, FINAL + 1):
+        there = sent & (r + d < rows)
+        if d < 0:
+            there = there & (r + d >= 0)
+        row_number = number * _axis_count(r + d, tall, rows, R[0], R, PADDED)
+        for e in tl.static_range(LEFT, RIGHT + 1):
+            valid = there & (q + e < columns)
+            if e < 0:
+                valid = valid & (q + e >= 0)
+            message = _message(
+                grad, saved, start + (index + (d * columns + e) * reach), outputs, valid,
+                row_number, _axis_count(q + e, wide, columns, Q[0], Q, PADDED),
+                FACTOR, CLOSED, ANCHOR, SUMS, TO_WEIGHTS, WIDE,
+            )  # fmt: skip
+            more = ()
+            weighed = ()
+            for u in tl.static_range(HEIGHT):
+                for s in tl.static_range(SIDE):
+                    a = received[u * SIDE + s]
+                    b = weighing[u * SIDE + s]
+                    if (
+                        u + R[3] - d * R[1] >= 0 and u + R[3] - d * R[1] < R[0]
+                        and s + Q[3] - e * Q[1] >= 0 and s + Q[3] - e * Q[1] < Q[0]
+                    ):  # fmt: skip
+                        gx, gw = _taken(
+                            message, valid, values[u * SIDE + s], p,
+                            TERMS, SLOPES, FACTOR, CLOSED, SUMS, TO_WEIGHTS,
+                        )  # fmt: skip
+                        a += gx
+                        if TO_WEIGHTS:
+                            b += gw
+                    more = more + (a,)
+                    weighed = weighed + (b,)
+            received = more
+            weighing = weighed
+    return received, weighing
+
+
+@triton.jit
+def search_kernel(
     grad, x, gx, gw, saved, ps, mask, weights, planes, outputs, channels, ins, outs, kernels,
     mask_strides, weight_strides,
-    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
     UNROLL: tl.constexpr, TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr,
     CLOSED: tl.constexpr, LINEAR: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr,
     PARAMETER: tl.constexpr, PER_CHANNEL: tl.constexpr, LAST: tl.constexpr, MASKED: tl.constexpr,
     WEIGHTED: tl.constexpr, PADDED: tl.constexpr, TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Lanes are groups of GROUP neighbouring inputs of a row (0: single inputs whose windows are
-    searched). The derivatives of the values are FACTOR where they are the same everywhere, 1 / n
-    where CLOSED, else read from `saved`."""
+    """Lanes are inputs, whose windows are searched along every axis. Derivatives: see
+    `near_kernel`."""
     A0: tl.constexpr = W[0]
     A1: tl.constexpr = W[1]
     A2: tl.constexpr = W[2]
     A3: tl.constexpr = W[3]
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
-    SIDE: tl.constexpr = GROUP if GROUP > 0 else 1
     R: tl.constexpr = T[0] * T[1]
     C: tl.constexpr = T[2]
-    ROWS: tl.constexpr = A0[8] * A1[8] * A2[8] * A3[8]
-    plane, a0, a1, a2, a3, a4, first = own(planes, i0, i1, i2, i3, tl.cdiv(i4, SIDE), T)
-    live = (plane < planes) & (a3 < i3)
-    at = plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4) + (((a0 * i1 + a1) * i2 + a2) * i3 + a3) * i4
+    COVERS: tl.constexpr = A0[8] * A1[8] * A2[8] * A3[8]
+    plane, a0, a1, a2, a3, a4, first = own(planes, i0, i1, i2, i3, i4, T)
+    live = (plane < planes) & (a3 < i3) & (a4 < i4)
+    at = plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4)
+    at += (((a0 * i1 + a1) * i2 + a2) * i3 + a3) * i4 + a4
     base = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4)
     n, c = (plane // channels).to(tl.int64), plane % channels
     p = tl.zeros([1, 1], WIDE)
     if PARAMETER:
         channel = (a4 if LAST else c) if PER_CHANNEL else c * 0
         p = tl.load(ps + channel, mask=channel < (i4 if LAST else channels), other=1).to(WIDE)
-    column = first * SIDE + tl.arange(0, SIDE * C)[None, :]
-    written = live & (column < i4)
-    value = tl.zeros([R, SIDE * C], WIDE)
+    v = tl.zeros([1, 1], WIDE)
     if not LINEAR or TO_WEIGHTS:
-        value = tl.load(x + at + column, mask=written, other=0).to(WIDE)
-    values = _sides(value, SIDE, R, C)
-    received = _nothing(SIDE, R, C, WIDE)
-    weighing = _nothing(SIDE, R, C, WIDE)
+        v = tl.load(x + at, mask=live, other=0).to(WIDE)
+    received = tl.zeros([R, C], WIDE)
+    weighing = tl.zeros([R, C], WIDE)
     h0 = last_cover(a0, i0, o0, A0)
     h1 = last_cover(a1, i1, o1, A1)
     h2 = last_cover(a2, i2, o2, A2)
     h3 = last_cover(a3, i3, o3, A3)
     if UNROLL:
-        for m in tl.static_range(ROWS):
+        for k in tl.static_range(COVERS):
             received, weighing = _from_row(
-                m, grad, saved, base, outputs, live, a0, a1, a2, a3, a4, h0, h1, h2, h3, values, p,
-                received, weighing, ins, outs, kernels, IN, OUT, W, GROUP, TERMS, SLOPES, FACTOR,
-                CLOSED, LINEAR, ANCHOR, SUMS, PADDED, TO_X, TO_WEIGHTS, WIDE,
+                k, grad, saved, base, outputs, live, a0, a1, a2, a3, a4, h0, h1, h2, h3, v, p,
+                received, weighing, ins, outs, kernels, IN, OUT, W, TERMS, SLOPES, FACTOR,
+                CLOSED, ANCHOR, SUMS, PADDED, TO_WEIGHTS, WIDE,
             )  # fmt: skip
     else:
-        for m in range(ROWS):
+        for k in range(COVERS):
             received, weighing = _from_row(
-                m, grad, saved, base, outputs, live, a0, a1, a2, a3, a4, h0, h1, h2, h3, values, p,
-                received, weighing, ins, outs, kernels, IN, OUT, W, GROUP, TERMS, SLOPES, FACTOR,
-                CLOSED, LINEAR, ANCHOR, SUMS, PADDED, TO_X, TO_WEIGHTS, WIDE,
+                k, grad, saved, base, outputs, live, a0, a1, a2, a3, a4, h0, h1, h2, h3, v, p,
+                received, weighing, ins, outs, kernels, IN, OUT, W, TERMS, SLOPES, FACTOR,
+                CLOSED, ANCHOR, SUMS, PADDED, TO_WEIGHTS, WIDE,
             )  # fmt: skip
-    takes_part = written
+    takes_part = live
     w = 1.0
     if MASKED:
-        where = strided(a0, a1, a2, a3, column, mask_strides)
+        where = strided(a0, a1, a2, a3, a4, mask_strides)
         where += n * mask_strides[0] + c * mask_strides[1]
-        takes_part = takes_part & (tl.load(mask + where, mask=written, other=0) != 0)
+        takes_part = takes_part & (tl.load(mask + where, mask=live, other=0) != 0)
     if WEIGHTED:
-        where = strided(a0, a1, a2, a3, column, weight_strides)
+        where = strided(a0, a1, a2, a3, a4, weight_strides)
         where += n * weight_strides[0] + c * weight_strides[1]
-        w = tl.load(weights + where, mask=written, other=0).to(WIDE)
+        w = tl.load(weights + where, mask=live, other=0).to(WIDE)
         takes_part = takes_part & (w != 0)
     if TO_X:
-        total = _joined(received, SIDE) * w
+        total = received * w
         if MASKED or WEIGHTED:
             total = tl.where(takes_part, total, 0)
-        tl.store(gx + at + column, total.to(gx.dtype.element_ty), mask=written)
+        tl.store(gx + at, total.to(gx.dtype.element_ty), mask=live)
     if TO_WEIGHTS:
-        total = tl.where(takes_part, _joined(weighing, SIDE), 0)
-        tl.store(gw + at + column, total, mask=written)
-
-
-@triton.jit
-def _sides(value, SIDE: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """A row as its groups' members."""
-    if SIDE == 2:
-        even, odd = tl.split(tl.reshape(value, [R, C, 2]))
-        return (even, odd)
-    else:
-        return (value,)
-
-
-@triton.jit
-def _nothing(SIDE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr):
-    if SIDE == 2:
-        return (tl.zeros([R, C], WIDE), tl.zeros([R, C], WIDE))
-    else:
-        return (tl.zeros([R, C], WIDE),)
-
-
-@triton.jit
-def _joined(sides, SIDE: tl.constexpr):
-    """The groups' members as a row."""
-    if SIDE == 2:
-        return tl.interleave(sides[0], sides[1])
-    else:
-        return sides[0]
+        tl.store(gw + at, tl.where(takes_part, weighing, 0), mask=live)
 
 
 @triton.jit
 def _from_row(
-    m, grad, saved, base, outputs, live, a0, a1, a2, a3, a4, h0, h1, h2, h3, values, p, received,
+    m, grad, saved, base, outputs, live, a0, a1, a2, a3, a4, h0, h1, h2, h3, v, p, received,
     weighing, ins, outs, kernels,
-    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr,
     TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr, CLOSED: tl.constexpr,
-    LINEAR: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr, PADDED: tl.constexpr,
-    TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
+    ANCHOR: tl.constexpr, SUMS: tl.constexpr, PADDED: tl.constexpr, TO_WEIGHTS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """What the m-th row of outputs that may see a row of inputs sends to it."""
     A0: tl.constexpr = W[0]
@@ -557,62 +785,25 @@ def _from_row(
     t3, in3 = cover(a3, b3, i3, o3, kernels[3], A3)
     sent = live & in0 & in1 & in2 & in3
     at = base + (((b0 * o1 + b1) * o2 + b2) * o3 + b3) * o4
-    rows = _row_count(b0, b1, b2, b3, ins, outs, kernels, IN, OUT, W, PADDED)
-    if GROUP > 0:
-        # The outputs at distance d from group q see its r-th input through tap
-        # r + before - d * stride.
-        FROM: tl.constexpr = -((A4[0] - 1 - A4[3]) // GROUP)
-        TO: tl.constexpr = (GROUP - 1 + A4[3]) // GROUP
-        for d in tl.static_range(FROM, TO + 1):
-            b4 = a4 + d
-            valid = sent & (b4 < o4) & (b4 >= 0) if d < 0 else sent & (b4 < o4)
-            for r in tl.static_range(GROUP):
-                if r + A4[3] - d * GROUP >= 0 and r + A4[3] - d * GROUP < A4[0]:
-                    gx, gw = _from_output(
-                        grad, saved, at + b4, outputs, valid, rows, b4, i4, o4, kernels[4],
-                        values[r], p, A4, TERMS, SLOPES, FACTOR, CLOSED, LINEAR, ANCHOR, SUMS,
-                        PADDED, TO_X, TO_WEIGHTS, WIDE,
-                    )  # fmt: skip
-                    received = _added(received, gx, r)
-                    weighing = _added(weighing, gw, r)
-    else:
-        h4 = last_cover(a4, i4, o4, A4)
-        for m4 in range(A4[8]):
-            tap, inside = cover(a4, h4 - m4, i4, o4, kernels[4], A4)
-            gx, gw = _from_output(
-                grad, saved, at + h4 - m4, outputs, sent & inside & (a4 < i4), rows, h4 - m4, i4,
-                o4, kernels[4], values[0], p, A4, TERMS, SLOPES, FACTOR, CLOSED, LINEAR, ANCHOR,
-                SUMS, PADDED, TO_X, TO_WEIGHTS, WIDE,
-            )  # fmt: skip
-            received = _added(received, gx, 0)
-            weighing = _added(weighing, gw, 0)
+    rows = _axis_count(b0, i0, o0, kernels[0], A0, PADDED)
+    rows = rows * _axis_count(b1, i1, o1, kernels[1], A1, PADDED)
+    rows = rows * _axis_count(b2, i2, o2, kernels[2], A2, PADDED)
+    rows = rows * _axis_count(b3, i3, o3, kernels[3], A3, PADDED)
+    h4 = last_cover(a4, i4, o4, A4)
+    for k in range(A4[8]):
+        b4 = h4 - k
+        tap, inside = cover(a4, b4, i4, o4, kernels[4], A4)
+        message = _message(
+            grad, saved, at + b4, outputs, sent & inside, rows,
+            _axis_count(b4, i4, o4, kernels[4], A4, PADDED),
+            FACTOR, CLOSED, ANCHOR, SUMS, TO_WEIGHTS, WIDE,
+        )  # fmt: skip
+        gx, gw = _taken(
+            message, sent & inside, v, p, TERMS, SLOPES, FACTOR, CLOSED, SUMS, TO_WEIGHTS
+        )
+        received += gx
+        weighing += gw
     return received, weighing
-
-
-@triton.jit
-def _added(sides, more, r: tl.constexpr):
-    if r == 1:
-        return (sides[0], sides[1] + more)
-    elif len(sides) == 2:
-        return (sides[0] + more, sides[1])
-    else:
-        return (sides[0] + more,)
-
-
-@triton.jit
-def _row_count(
-    b0, b1, b2, b3, ins, outs, kernels,
-    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Elements of windows along all axes but the last."""
-    A0: tl.constexpr = W[0]
-    A1: tl.constexpr = W[1]
-    A2: tl.constexpr = W[2]
-    A3: tl.constexpr = W[3]
-    number = _axis_count(b0, ins[0], outs[0], kernels[0], A0, PADDED)
-    number = number * _axis_count(b1, ins[1], outs[1], kernels[1], A1, PADDED)
-    number = number * _axis_count(b2, ins[2], outs[2], kernels[2], A2, PADDED)
-    return number * _axis_count(b3, ins[3], outs[3], kernels[3], A3, PADDED)
 
 
 @triton.jit
@@ -625,40 +816,56 @@ def _axis_count(b, size, outs, kernel, A: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _from_output(
-    grad, saved, at, outputs, valid, rows, b4, i4, o4, kernel, v, p,
-    A: tl.constexpr, TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr,
-    CLOSED: tl.constexpr, LINEAR: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr,
-    PADDED: tl.constexpr, TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
+def _message(
+    grad, saved, at, outputs, valid, rows, columns,
+    FACTOR: tl.constexpr, CLOSED: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr,
+    TO_WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """What one output sends to the input v and to its weight."""
+    """What one output has for the inputs that it sees: the same for all of them where that is known
+    (n is `rows` × `columns`), its anchor, and its gradient times the derivatives by its sums and
+    by n."""
     g = tl.load(grad + at, mask=valid, other=0).to(WIDE)
-    gw = tl.zeros_like(g)
+    anchor = tl.zeros_like(g)
+    derivatives = ()
+    by_n = tl.zeros_like(g)
     if FACTOR is not None:
-        gx = g * FACTOR
+        g = g * FACTOR
     elif CLOSED:
         # 1 / n as the share of a row times the share of a column: one division for each.
-        columns = _axis_count(b4, i4, o4, kernel, A, PADDED)
         one = tl.zeros([1, 1], WIDE) + 1.0
-        gx = g * ((one / tl.maximum(rows, 1)) * (one / tl.maximum(columns, 1)))
+        g = g * ((one / tl.maximum(rows, 1)) * (one / tl.maximum(columns, 1)))
     else:
         size = outputs.to(tl.int64)
-        anchor = tl.zeros_like(g)
         if ANCHOR:
             anchor = tl.load(saved + at, mask=valid, other=0)
-        slopes = SLOPES(v, anchor, p)
-        terms = slopes
-        if TO_WEIGHTS:
-            terms = TERMS(v, anchor, p)
-        gx = tl.zeros_like(g)
         for k in tl.static_range(SUMS):
             by_sum = tl.load(saved + (1 + k) * size + at, mask=valid, other=0)
-            gx += by_sum * slopes[k]
-            gw += by_sum * terms[k]
-        gx = tl.where(valid, g * gx, 0)
+            derivatives = derivatives + (g * by_sum,)
         if TO_WEIGHTS:
-            gw += tl.load(saved + (1 + SUMS) * size + at, mask=valid, other=0)
-            gw = tl.where(valid, g * gw, 0)
+            by_n = g * tl.load(saved + (1 + SUMS) * size + at, mask=valid, other=0)
+    return g, anchor, derivatives, by_n
+
+
+@triton.jit
+def _taken(
+    message, valid, v, p,
+    TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr, CLOSED: tl.constexpr,
+    SUMS: tl.constexpr, TO_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """What of a message goes to the input v and to its weight."""
+    gx = message[0]
+    gw = tl.zeros_like(gx)
+    if FACTOR is None and not CLOSED:
+        slopes = SLOPES(v, message[1], p)
+        gx = tl.zeros_like(gx)
+        for k in tl.static_range(SUMS):
+            gx += message[2][k] * slopes[k]
+        gx = tl.where(valid, gx, 0)
+        if TO_WEIGHTS:
+            terms = TERMS(v, message[1], p)
+            for k in tl.static_range(SUMS):
+                gw += message[2][k] * terms[k]
+            gw = tl.where(valid, gw + message[3], 0)
     return gx, gw
 
 
@@ -698,11 +905,9 @@ class Problem(NamedTuple):
         assert isinstance(self.reduction, Mean)
         if self.reduction.divisor is not None:
             return 1.0 / self.reduction.divisor
-        padded = self.reduction.count_include_pad
-        full = all(
-            (padded or span.low == 0) and span.high >= span.kernel for span in self.seen.spans
-        )
-        return 1.0 / self.seen.taps if full and self.seen.taps <= FEW else None
+        if self.seen.taps > FEW or not self.seen.full(self.reduction.count_include_pad):
+            return None
+        return 1.0 / self.seen.taps
 
     def common(self) -> dict[str, Any]:
         """What all kernels are compiled for."""
@@ -748,12 +953,20 @@ def forward(problem: Problem, y: Tensor, saved: Tensor | None, grad: Tensor | No
     tensors = [y if t is None else t for t in (saved, params, mask, weights, grad)]
     arguments = (y if x is None else x, y, *tensors)
     steps = (geometry.mask_strides(mask, seen), geometry.mask_strides(weights, seen))
-    if uses_few(seen):
-        owned = few_tile(problem)
+    if seen.taps <= FEW:
+        shares = reduction.anchor is None and grad is None
+        most = ROWS_OF_A_LANE if shares else 1
+        owned = geometry.lanes_of_windows(seen, y.element_size(), most)
+        spans = list(seen.spans)
+        spans[owned.along] = geometry.block_span(seen, owned.along, owned.height)
+        programs, index = geometry.dealt(seen.planes, seen.outs, owned, seen.channels_last)
         launching.launch(
-            few_kernel, geometry.programs(seen.planes, seen.outs, owned), y,
+            few_kernel, programs, y,
             *arguments, seen.planes, outputs, seen.channels, ins, outs, *steps,
-            W=geometry.constants(seen.spans), T=tuple(owned), **shared,
+            W=geometry.constants(spans), V=geometry.constants(seen.spans), ALONG=owned.along,
+            HEIGHT=owned.height, ROWS=owned.rows, COLUMNS=owned.columns, INDEX=index,
+            CLOSED=problem.has_closed_form and saved is None and x is not None,
+            FACTOR=problem.factor if saved is None and x is not None else None, **shared,
         )  # fmt: skip
         return
     lanes, taps = geometry.split(seen, ELEMENTS)
@@ -765,17 +978,6 @@ def forward(problem: Problem, y: Tensor, saved: Tensor | None, grad: Tensor | No
     )  # fmt: skip
 
 
-def uses_few(seen: View) -> bool:
-    """Whether windows are unrolled."""
-    return seen.taps <= FEW
-
-
-def few_tile(problem: Problem) -> geometry.Tile:
-    """The outputs that a program of `few_kernel` owns: fewer where formulas need registers."""
-    elements = ELEMENTS if problem.reduction.linear else ELEMENTS // 2
-    return geometry.tile(problem.seen.planes, *problem.seen.outs[-2:], elements)
-
-
 def backward(
     problem: Problem, grad: Tensor, saved: Tensor | None, gx: Tensor | None, gw: Tensor | None
 ) -> None:
@@ -784,42 +986,45 @@ def backward(
     kind: Any = type(reduction)
     anywhere = gx if gx is not None else gw
     assert anywhere is not None
-    spans = list(seen.loose)
-    group = geometry.group(seen)
-    if group:
-        spans[-1] = seen.spans[-1]
-    columns = -(-seen.ins[-1] // max(1, group))
-    owned = geometry.tile(seen.planes, seen.ins[-2], columns, ELEMENTS // 2)
     ins, in_width = geometry.sizes(seen.ins)
     outs, out_width = geometry.sizes(seen.outs)
     tensors = [anywhere if t is None else t for t in (x, gx, gw, saved, params, mask, weights)]
-    launching.launch(
-        backward_kernel, geometry.programs(seen.planes, (*seen.ins[:-1], columns), owned), grad,
-        grad, *tensors, seen.planes, grad.numel(), seen.channels, ins, outs, seen.kernels,
-        geometry.mask_strides(mask, seen), geometry.mask_strides(weights, seen),
-        IN=in_width, OUT=out_width, W=geometry.constants(spans), T=tuple(owned), GROUP=group,
-        UNROLL=seen.covers // seen.spans[-1].covers <= UNROLLED_COVERS,
-        SLOPES=formula(kind, "lift_dx"), FACTOR=problem.factor, CLOSED=saved is None,
-        LINEAR=reduction.linear, TO_X=gx is not None, TO_WEIGHTS=gw is not None,
+    sizes = (seen.planes, grad.numel(), seen.channels, ins, outs)
+    steps = (geometry.mask_strides(mask, seen), geometry.mask_strides(weights, seen))
+    shared = {
         **problem.common(),
+        "IN": in_width, "OUT": out_width, "SLOPES": formula(kind, "lift_dx"),
+        "FACTOR": problem.factor, "CLOSED": saved is None, "LINEAR": reduction.linear,
+        "TO_X": gx is not None, "TO_WEIGHTS": gw is not None,
+    }  # fmt: skip
+    most = ROWS_OF_A_LANE if reduction.linear else 2
+    owned = geometry.lanes_of_inputs(seen, grad.element_size(), most)
+    if owned is not None:
+        sides = geometry.grouped(seen, owned.along + 1)
+        programs, index = geometry.dealt(seen.planes, sides, owned, seen.channels_last)
+        outer = math.prod(span.covers for span in seen.spans[: owned.along])
+        launching.launch(
+            near_kernel, programs, grad, grad, *tensors, *sizes, *steps,
+            W=geometry.constants(seen.spans), ALONG=owned.along, HEIGHT=owned.height,
+            ROWS=owned.rows, COLUMNS=owned.columns, OUTER=outer,
+            UNROLL=seen.covers <= UNROLLED_COVERS,
+            INDEX=index, **shared,
+        )  # fmt: skip
+        return
+    tile = geometry.tile(seen.planes, *seen.ins[-2:], ELEMENTS // 2)
+    launching.launch(
+        search_kernel, geometry.programs(seen.planes, seen.ins, tile), grad,
+        grad, *tensors, *sizes, seen.kernels, *steps,
+        W=geometry.constants(seen.loose), T=tuple(tile),
+        UNROLL=seen.covers // seen.spans[-1].covers <= UNROLLED_COVERS, **shared,
     )  # fmt: skip
 
 
 def by_parameter(problem: Problem, grad: Tensor) -> Tensor:
-    """dL/dp, (1,) or (C,). Each program writes the sum of its windows' parts, which are then added
-    in a fixed order."""
+    """dL/dp, (1,) or (C,): what each window adds, then added in a fixed order."""
     seen, params = problem.seen, problem.params
     assert params is not None
-    columns = seen.outs[-1]
-    if not uses_few(seen):
-        shape: tuple[int, ...] = (seen.planes, math.prod(seen.outs[:-1]), columns)
-    elif seen.channels_last:
-        owned = few_tile(problem)
-        rows = geometry.programs(seen.planes, seen.outs, owned) // -(-columns // owned.columns)
-        shape = (rows, 1, columns)
-    else:
-        blocks = -(-columns // few_tile(problem).columns)
-        shape = (seen.planes, math.prod(seen.outs[:-1]), blocks)
+    shape = (seen.planes, math.prod(seen.outs[:-1]), seen.outs[-1])
     parts = torch.empty(shape, dtype=problem.compute, device=grad.device)
     forward(problem, parts, None, grad)
     if params.numel() == 1:

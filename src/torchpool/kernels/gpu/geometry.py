@@ -73,6 +73,14 @@ def _span(axis: Axis) -> Span:
     )  # fmt: skip
 
 
+def _is_full(span: Span, size: int, outs: int, padded: bool) -> bool:
+    """Whether every window of an axis has all its elements inside the (padded) input."""
+    if span.stride == 0 or not padded:
+        return span.low == 0 and span.high >= span.kernel
+    end = (outs - 1) * span.stride - span.before + (span.kernel - 1) * span.dilation
+    return end < size + span.after
+
+
 def _free(axis: Axis) -> Axis:
     """The axis without the stride that a single window does not use: it would be compiled for."""
     if axis.out_size == 1 and axis.before == 0 and axis.kernel == axis.in_size > 1:
@@ -116,6 +124,11 @@ class View(NamedTuple):
             s._replace(kernel=1, low=min(s.low, 1), high=int(s.high >= s.kernel))
             for s in self.spans
         )
+
+    def full(self, padded: bool) -> bool:
+        """Whether every window has all its elements inside the input, or the padded input."""
+        axes = zip(self.spans, self.ins, self.outs, strict=True)
+        return all(_is_full(span, size, outs, padded) for span, size, outs in axes)
 
     @property
     def whole(self) -> bool:
@@ -212,7 +225,7 @@ def lanes_of_windows(seen: View, item_bytes: int, most: int) -> Lanes:
     span, outs = seen.spans[along], seen.outs[along]
     regular = span.stride > 0 and span.dilation == 1
     height = min(most, power(outs)) if regular else 1
-    return lanes(seen, seen.outs[-1], height, _WIDEST // item_bytes)
+    return lanes(seen, seen.outs[-1], height, item_bytes)
 
 
 def lanes_of_inputs(seen: View, item_bytes: int, most: int) -> Lanes | None:
@@ -225,7 +238,7 @@ def lanes_of_inputs(seen: View, item_bytes: int, most: int) -> Lanes | None:
     if span.kernel * beside.kernel > _UNROLLED or span.stride * beside.stride > _WIDEST:
         return None
     height = span.stride * max(1, min(most, power(seen.ins[along])) // span.stride)
-    return lanes(seen, seen.ins[-1], height, _WIDEST // item_bytes)
+    return lanes(seen, seen.ins[-1], height, item_bytes)
 
 
 def grouped(seen: View, axis: int) -> tuple[int, ...]:
@@ -233,18 +246,17 @@ def grouped(seen: View, axis: int) -> tuple[int, ...]:
     return in_blocks(seen.ins, axis, seen.spans[axis].stride)
 
 
-def lanes(seen: View, columns: int, height: int, elements: int) -> Lanes:
-    """Lanes of `height` rows; `elements` neighbouring channels of a channels-last tensor, or two
-    lanes, for each thread."""
+def lanes(seen: View, columns: int, height: int, item_bytes: int) -> Lanes:
+    """Lanes of `height` rows. A thread has one, or 16 bytes of channels of a channels-last tensor
+    (at most four where windows are large and registers few)."""
     if not seen.channels_last:
-        return Lanes(3, height, 2 * THREADS, 1)
+        return Lanes(3, height, THREADS, 1)
     width = _block(columns, 64)
+    elements = min(_WIDEST // item_bytes, 16 if seen.taps <= 9 else 4)
     return Lanes(2, height, max(1, THREADS * elements // width), width)
 
 
-def dealt(
-    planes: int, sizes: Sequence[int], owned: Lanes, channels_last: bool
-) -> tuple[int, Any]:
+def dealt(planes: int, sizes: Sequence[int], owned: Lanes, channels_last: bool) -> tuple[int, Any]:
     """Programs for these positions, and the type that counts their lanes."""
     blocks = in_blocks(sizes, owned.along, owned.height)
     columns = blocks[-1] if channels_last else 1

@@ -697,7 +697,7 @@ def send_back(
             near_kernel, programs, grad, *tensors, seen.planes, ins, outs,
             W=geometry.constants(seen.spans), ALONG=owned.along, HEIGHT=owned.height,
             ROWS=owned.rows, COLUMNS=owned.columns, LAST=seen.channels_last, OUTER=outer,
-            UNROLL=outer <= 3, INDEX=index, **shared,
+            UNROLL=seen.covers <= UNROLLED_COVERS, INDEX=index, **shared,
         )  # fmt: skip
         return
     tile = geometry.tile(seen.planes, *seen.ins[-2:], ELEMENTS)
