@@ -100,3 +100,13 @@ def test_small_inputs_go_to_torch_where_it_gives_the_same(reduction, windows, si
         operation = reference.select if isinstance(reduction, Max) else reference.accumulate
         nones = (None, None) if isinstance(reduction, Max) else (None, None, None)
         torch.testing.assert_close(y, operation(x, *nones, reduction, axes, False)[0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 55, 112, 65535, 65536, 2**30 + 1, 2**31 - 1])
+def test_divisions_by_multiplication_are_exact(size):
+    from torchpool.kernels.gpu.geometry import divisor
+
+    multiplier, shift = divisor(size)
+    numbers = {0, 1, size - 1, size, size + 1, 5 * size - 1, 5 * size, 2**31 - 1, 123456789}
+    for n in (n for n in numbers if n < 2**31):
+        assert ((n * (multiplier % 2**32) >> 32) + n) >> shift == n // size

@@ -183,9 +183,10 @@ def _put_by_parameter(
 @triton.jit
 def few_kernel(
     x, y, saved, ps, mask, weights, grad, planes, total, channels, ins, outs, mask_strides,
-    weight_strides,
+    weight_strides, divisors,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, V: tl.constexpr, ALONG: tl.constexpr,
-    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEY: tl.constexpr,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONES: tl.constexpr,
+    KEY: tl.constexpr,
     TERMS: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr, LEAST: tl.constexpr,
     SLOPES: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr, PARAMETER: tl.constexpr,
     PER_CHANNEL: tl.constexpr, LAST: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -220,7 +221,9 @@ def few_kernel(
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     b2 = tl.cdiv(o2, HEIGHT) if ALONG == 2 else o2
     b3 = tl.cdiv(o3, HEIGHT) if ALONG == 3 else o3
-    plane, a0, a1, a2, a3, a4 = lanes_of(o0, o1, b2, b3, o4, ROWS, COLUMNS, LAST, INDEX)
+    plane, a0, a1, a2, a3, a4 = lanes_of(
+        o0, o1, b2, b3, o4, divisors, ROWS, COLUMNS, LAST, ONES, INDEX
+    )
     live = plane < planes
     if LAST:
         live = live & (a4 < o4)
@@ -503,9 +506,10 @@ def _block_of_taps(
 @triton.jit
 def near_kernel(
     grad, x, gx, gw, saved, ps, mask, weights, planes, outputs, channels, ins, outs,
-    mask_strides, weight_strides,
+    mask_strides, weight_strides, divisors,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, ALONG: tl.constexpr,
-    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTER: tl.constexpr,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONES: tl.constexpr,
+    OUTER: tl.constexpr,
     UNROLL: tl.constexpr, TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr,
     CLOSED: tl.constexpr, LINEAR: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr,
     PARAMETER: tl.constexpr, PER_CHANNEL: tl.constexpr, LAST: tl.constexpr, MASKED: tl.constexpr,
@@ -525,7 +529,9 @@ def near_kernel(
         s2, s3, s4 = tl.cdiv(i2, HEIGHT), tl.cdiv(i3, SIDE), i4
     else:
         s2, s3, s4 = i2, tl.cdiv(i3, HEIGHT), tl.cdiv(i4, SIDE)
-    plane, a0, a1, a2, a3, a4 = lanes_of(i0, i1, s2, s3, s4, ROWS, COLUMNS, LAST, INDEX)
+    plane, a0, a1, a2, a3, a4 = lanes_of(
+        i0, i1, s2, s3, s4, divisors, ROWS, COLUMNS, LAST, ONES, INDEX
+    )
     live = plane < planes
     at = plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4)
     start = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4)
@@ -959,12 +965,11 @@ def forward(problem: Problem, y: Tensor, saved: Tensor | None, grad: Tensor | No
         owned = geometry.lanes_of_windows(seen, y.element_size(), most)
         spans = list(seen.spans)
         spans[owned.along] = geometry.block_span(seen, owned.along, owned.height)
-        programs, index = geometry.dealt(seen.planes, seen.outs, owned, seen.channels_last)
+        deal = geometry.dealt(seen.planes, seen.outs, owned, seen.channels_last)
         launching.launch(
-            few_kernel, programs, y,
-            *arguments, seen.planes, outputs, seen.channels, ins, outs, *steps,
-            W=geometry.constants(spans), V=geometry.constants(seen.spans), ALONG=owned.along,
-            HEIGHT=owned.height, ROWS=owned.rows, COLUMNS=owned.columns, INDEX=index,
+            few_kernel, deal.programs, y,
+            *arguments, seen.planes, outputs, seen.channels, ins, outs, *steps, deal.divisors,
+            W=geometry.constants(spans), V=geometry.constants(seen.spans), **deal.constants,
             CLOSED=problem.has_closed_form and saved is None and x is not None,
             FACTOR=problem.factor if saved is None and x is not None else None, **shared,
         )  # fmt: skip
@@ -1001,14 +1006,12 @@ def backward(
     owned = geometry.lanes_of_inputs(seen, grad.element_size(), most)
     if owned is not None:
         sides = geometry.grouped(seen, owned.along + 1)
-        programs, index = geometry.dealt(seen.planes, sides, owned, seen.channels_last)
+        deal = geometry.dealt(seen.planes, sides, owned, seen.channels_last)
         outer = math.prod(span.covers for span in seen.spans[: owned.along])
         launching.launch(
-            near_kernel, programs, grad, grad, *tensors, *sizes, *steps,
-            W=geometry.constants(seen.spans), ALONG=owned.along, HEIGHT=owned.height,
-            ROWS=owned.rows, COLUMNS=owned.columns, OUTER=outer,
-            UNROLL=seen.covers <= UNROLLED_COVERS,
-            INDEX=index, **shared,
+            near_kernel, deal.programs, grad, grad, *tensors, *sizes, *steps, deal.divisors,
+            W=geometry.constants(seen.spans), OUTER=outer,
+            UNROLL=seen.covers <= UNROLLED_COVERS, **deal.constants, **shared,
         )  # fmt: skip
         return
     tile = geometry.tile(seen.planes, *seen.ins[-2:], ELEMENTS // 2)

@@ -223,8 +223,9 @@ def lanes_of_windows(seen: View, item_bytes: int, most: int) -> Lanes:
     """Lanes that own up to `most` windows; with channels last a thread has 16 bytes of channels."""
     along = 2 if seen.channels_last else 3
     span, outs = seen.spans[along], seen.outs[along]
-    regular = span.stride > 0 and span.dilation == 1
-    height = min(most, power(outs)) if regular else 1
+    if span.stride == 0 or span.dilation > 1:
+        most = 1
+    height = min(most if seen.taps <= 25 else most // 2, power(outs)) or 1
     return lanes(seen, seen.outs[-1], height, item_bytes)
 
 
@@ -256,12 +257,44 @@ def lanes(seen: View, columns: int, height: int, item_bytes: int) -> Lanes:
     return Lanes(2, height, max(1, THREADS * elements // width), width)
 
 
-def dealt(planes: int, sizes: Sequence[int], owned: Lanes, channels_last: bool) -> tuple[int, Any]:
-    """Programs for these positions, and the type that counts their lanes."""
+class Deal(NamedTuple):
+    """Programs for the positions of all planes, and how their numbers become coordinates."""
+
+    programs: int
+    divisors: tuple[int, ...]
+    constants: dict[str, Any]
+    """What kernels are compiled for."""
+
+
+@lru_cache(maxsize=4096)
+def dealt(planes: int, sizes: tuple[int, ...], owned: Lanes, channels_last: bool) -> Deal:
+    """The programs whose lanes own these positions."""
     blocks = in_blocks(sizes, owned.along, owned.height)
     columns = blocks[-1] if channels_last else 1
     total = planes * math.prod(blocks) // columns
-    return -(-total // owned.rows) * -(-columns // owned.columns), index(total)
+    constants = {
+        "ALONG": owned.along,
+        "HEIGHT": owned.height,
+        "ROWS": owned.rows,
+        "COLUMNS": owned.columns,
+        "ONES": tuple(size == 1 for size in blocks),
+        "INDEX": tl.int64 if total >= INT32 // 2 else tl.uint32,
+    }
+    programs = -(-total // owned.rows) * -(-columns // owned.columns)
+    divisors = tuple(number for size in blocks for number in divisor(size))
+    return Deal(programs, divisors, constants)
+
+
+def divisor(size: int) -> tuple[int, int]:
+    """Multiplier (as a signed number of 32 bits) and shift by which n // size is
+    (n * multiplier // 2**32 + n) >> shift, for n below 2**31.
+
+    Source: Granlund and Montgomery, "Division by invariant integers using multiplication",
+    PLDI 1994, doi:10.1145/178243.178249.
+    """
+    shift = (size - 1).bit_length()
+    multiplier = (1 << 32) * ((1 << shift) - size) // size + 1
+    return multiplier - (1 << 32) if multiplier >= INT32 else multiplier, shift
 
 
 def in_blocks(sizes: Sequence[int], along: int, height: int) -> tuple[int, ...]:
@@ -370,29 +403,40 @@ def own(planes, s0, s1, s2, s3, s4, T: tl.constexpr):
 
 
 @triton.jit
+def split_by(n, size, multiplier, shift, ONE: tl.constexpr, INDEX: tl.constexpr):
+    """n // size and n % size; without a division where n has 32 bits (see `divisor`)."""
+    if ONE:
+        return n, (n * 0).to(tl.int32)
+    elif INDEX == tl.int64:
+        return n // size, (n % size).to(tl.int32)
+    else:
+        high = tl.umulhi(n, multiplier + tl.zeros_like(n))
+        quotient = (high + n) >> (shift + tl.zeros_like(n))
+        return quotient, (n - quotient * size).to(tl.int32)
+
+
+@triton.jit
 def lanes_of(
-    s0, s1, s2, s3, s4,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr, INDEX: tl.constexpr,
+    s0, s1, s2, s3, s4, divisors,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr, ONES: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """Plane and coordinates of this program's lanes, (ROWS, 1) each; with LAST those along the last
     axis are (1, COLUMNS)."""
-    program = tl.program_id(0).to(INDEX)
+    program = tl.program_id(0)
+    lane = tl.arange(0, ROWS)[:, None].to(INDEX)
     if LAST:
         blocks = tl.cdiv(s4, COLUMNS)
-        a4 = (program % blocks * COLUMNS).to(tl.int32) + tl.arange(0, COLUMNS)[None, :]
-        rest = program // blocks * ROWS + tl.arange(0, ROWS)[:, None]
+        a4 = program % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        rest = (program // blocks).to(INDEX) * ROWS + lane
     else:
-        lane = program * ROWS + tl.arange(0, ROWS)[:, None]
-        a4 = (lane % s4).to(tl.int32)
-        rest = lane // s4
-    a3 = (rest % s3).to(tl.int32)
-    rest = rest // s3
-    a2 = (rest % s2).to(tl.int32)
-    rest = rest // s2
-    a1 = (rest % s1).to(tl.int32)
-    rest = rest // s1
-    a0 = (rest % s0).to(tl.int32)
-    return (rest // s0).to(tl.int32), a0, a1, a2, a3, a4
+        lane += program.to(INDEX) * ROWS
+        rest, a4 = split_by(lane, s4, divisors[8], divisors[9], ONES[4], INDEX)
+    rest, a3 = split_by(rest, s3, divisors[6], divisors[7], ONES[3], INDEX)
+    rest, a2 = split_by(rest, s2, divisors[4], divisors[5], ONES[2], INDEX)
+    rest, a1 = split_by(rest, s1, divisors[2], divisors[3], ONES[1], INDEX)
+    rest, a0 = split_by(rest, s0, divisors[0], divisors[1], ONES[0], INDEX)
+    return rest.to(tl.int32), a0, a1, a2, a3, a4
 
 
 @triton.jit

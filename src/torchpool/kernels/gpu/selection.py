@@ -86,9 +86,10 @@ def _join(
 
 @triton.jit
 def few_kernel(
-    x, y, state, mask, carried, planes, channels, ins, outs, mask_strides,
+    x, y, state, mask, carried, planes, channels, ins, outs, mask_strides, divisors,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, S: tl.constexpr, ALONG: tl.constexpr,
-    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEY: tl.constexpr,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONES: tl.constexpr,
+    KEY: tl.constexpr,
     LARGEST: tl.constexpr, WORST: tl.constexpr, FLOAT: tl.constexpr, SAVE: tl.constexpr,
     MASKED: tl.constexpr, CARRY: tl.constexpr, TRACK: tl.constexpr, REGULAR: tl.constexpr,
     LAST: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr,
@@ -110,7 +111,9 @@ def few_kernel(
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     b2 = tl.cdiv(o2, HEIGHT) if ALONG == 2 else o2
     b3 = tl.cdiv(o3, HEIGHT) if ALONG == 3 else o3
-    plane, a0, a1, a2, a3, a4 = lanes_of(o0, o1, b2, b3, o4, ROWS, COLUMNS, LAST, INDEX)
+    plane, a0, a1, a2, a3, a4 = lanes_of(
+        o0, o1, b2, b3, o4, divisors, ROWS, COLUMNS, LAST, ONES, INDEX
+    )
     live = plane < planes
     if LAST:
         live = live & (a4 < o4)
@@ -356,11 +359,11 @@ def many_kernel(
 
 @triton.jit
 def near_kernel(
-    grad, state, gx, rest, planes, ins, outs,
+    grad, state, gx, rest, planes, ins, outs, divisors,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, ALONG: tl.constexpr,
-    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr,
-    OUTER: tl.constexpr, UNROLL: tl.constexpr, CARRY: tl.constexpr, WIDE: tl.constexpr,
-    INDEX: tl.constexpr,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONES: tl.constexpr,
+    LAST: tl.constexpr, OUTER: tl.constexpr, UNROLL: tl.constexpr, CARRY: tl.constexpr,
+    WIDE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """A lane owns HEIGHT inputs along the axis ALONG times a stride of the next axis, whose windows
     have places that are known when this is compiled; along the axes before it windows are
@@ -379,7 +382,9 @@ def near_kernel(
         s2, s3, s4 = tl.cdiv(i2, HEIGHT), tl.cdiv(i3, SIDE), i4
     else:
         s2, s3, s4 = i2, tl.cdiv(i3, HEIGHT), tl.cdiv(i4, SIDE)
-    plane, a0, a1, a2, a3, a4 = lanes_of(i0, i1, s2, s3, s4, ROWS, COLUMNS, LAST, INDEX)
+    plane, a0, a1, a2, a3, a4 = lanes_of(
+        i0, i1, s2, s3, s4, divisors, ROWS, COLUMNS, LAST, ONES, INDEX
+    )
     live = plane < planes
     if LAST:
         live = live & (a4 < s4)
@@ -646,15 +651,15 @@ def few(
     along = owned.along
     spans = list(seen.spans)
     spans[along] = geometry.block_span(seen, along, owned.height)
-    programs, index = geometry.dealt(seen.planes, seen.outs, owned, seen.channels_last)
+    deal = geometry.dealt(seen.planes, seen.outs, owned, seen.channels_last)
     launching.launch(
-        few_kernel, programs, x,
+        few_kernel, deal.programs, x,
         x, y, state, x if mask is None else mask, state if carried is None else carried,
         seen.planes, seen.channels, ins, outs, geometry.mask_strides(mask, seen),
+        deal.divisors,
         IN=in_width, OUT=out_width, W=geometry.constants(spans), S=tuple(seen.spans[along]),
-        ALONG=along, HEIGHT=owned.height, ROWS=owned.rows, COLUMNS=owned.columns,
         MASKED=mask is not None, CARRY=scale if carried is not None else 0, TRACK=track,
-        REGULAR=seen.regular, LAST=seen.channels_last, INDEX=index,
+        REGULAR=seen.regular, LAST=seen.channels_last, **deal.constants,
         **_common(x, reduction, bool(state.numel())),
     )  # fmt: skip
 
@@ -691,13 +696,12 @@ def send_back(
     owned = geometry.lanes_of_inputs(seen, grad.element_size(), ROWS_OF_A_LANE)
     if owned is not None:
         sides = geometry.grouped(seen, owned.along + 1)
-        programs, index = geometry.dealt(seen.planes, sides, owned, seen.channels_last)
+        deal = geometry.dealt(seen.planes, sides, owned, seen.channels_last)
         outer = math.prod(span.covers for span in seen.spans[: owned.along])
         launching.launch(
-            near_kernel, programs, grad, *tensors, seen.planes, ins, outs,
-            W=geometry.constants(seen.spans), ALONG=owned.along, HEIGHT=owned.height,
-            ROWS=owned.rows, COLUMNS=owned.columns, LAST=seen.channels_last, OUTER=outer,
-            UNROLL=seen.covers <= UNROLLED_COVERS, INDEX=index, **shared,
+            near_kernel, deal.programs, grad, *tensors, seen.planes, ins, outs, deal.divisors,
+            W=geometry.constants(seen.spans), LAST=seen.channels_last, OUTER=outer,
+            UNROLL=seen.covers <= UNROLLED_COVERS, **deal.constants, **shared,
         )  # fmt: skip
         return
     tile = geometry.tile(seen.planes, *seen.ins[-2:], ELEMENTS)
