@@ -421,7 +421,7 @@ class _Case(NamedTuple):
     def is_exported_whole(self) -> bool:
         """Whether an exported graph holds one operator for it: written out, each window of packed
         samples would gather as many elements as the longest could have."""
-        return self.is_packed and torch.compiler.is_exporting()
+        return self.is_packed and lowering.is_exporting()
 
 
 def _case(
@@ -466,7 +466,7 @@ def _case(
 
 
 def _axes(windows: Windows, sizes: Sequence[int]) -> tuple[Axis, ...]:
-    if isinstance(windows, Adaptive) and torch.compiler.is_exporting():
+    if isinstance(windows, Adaptive) and lowering.is_exporting():
         return windows.axes(sizes, symbolic=True)
     if torch.compiler.is_compiling() or isinstance(windows, Fractional):
         return windows.axes(sizes)
@@ -629,7 +629,7 @@ def _needs_composite() -> bool:
     """Whether ordinary torch operators are asked for: an exported graph, forward-mode derivatives,
     or torch.func's derivatives."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return lowering.is_exporting()
     if ops.in_forward_mode():
         return True
     transforms = torch._C._functorch.get_interpreter_stack()
@@ -641,7 +641,7 @@ def _needs_composite() -> bool:
 def _run(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
     if isinstance(case.reduction, Selection):
         return _run_selection(case, return_indices)
-    if torch.compiler.is_exporting() and not case.is_packed:
+    if lowering.is_exporting() and not case.is_packed:
         return lowering.accumulate(
             case.x, case.mask, case.weights, case.params, case.starts, case.reduction, case.axes
         ), None
@@ -656,7 +656,7 @@ def _run(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
 
 
 def _run_selection(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
-    if torch.compiler.is_exporting() and not case.is_packed and not return_indices:
+    if lowering.is_exporting() and not case.is_packed and not return_indices:
         return lowering.select(case.x, case.mask, case.starts, case.reduction, case.axes), None
     if _needs_composite() and not case.is_exported_whole:
         return reference.composite_select(case.x, case.mask, case.starts, case.reduction, case.axes)
