@@ -56,6 +56,28 @@ def test_compiled_equals_eager(reduction, dynamic):
         torch.testing.assert_close(ga, gb)
 
 
+def test_a_compiled_graph_holds_our_operators(monkeypatch):
+    """Also under torch 2.10 and 2.11, whose compiler says that every graph is exported."""
+    torch._dynamo.reset()
+    answers = torch._dynamo.variables.TorchInGraphFunctionVariable._get_handlers()
+    yes = lambda *_: torch._dynamo.variables.ConstantVariable.create(True)  # noqa: E731
+    monkeypatch.setitem(answers, torch.compiler.is_exporting, yes)
+    found = []
+
+    def keep(graph, _inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    pool = lambda x: tp.pool(tp.max_pool2d(x, 3, 2, 1), tp.SoftmaxMean(1.0), tp.Window(2))  # noqa: E731
+    x = torch.randn(2, 3, 9, 11)
+    compiled = torch.compile(pool, fullgraph=True, backend=keep)
+    torch.testing.assert_close(compiled(x), pool(x))
+    assert [target for target in found if target.startswith("torchpool")] == [
+        "torchpool.select",
+        "torchpool.accumulate",
+    ]
+
+
 def test_compiled_with_inductor():
     torch._dynamo.reset()
     net = nn.Sequential(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import torchpool as tp
-from torchpool import functional
+from torchpool import functional, ops
 
 PAIRS = [
     (lambda x: tp.pool(x, tp.Max(), tp.Window(3, 2, 1)), lambda x: F.max_pool2d(x, 3, 2, 1)),
@@ -53,11 +53,24 @@ def test_every_call_pools_its_own_elements(ours, torchs):
 def test_a_repeated_call_is_not_prepared_again():
     x = torch.randn(3, 5, 41, 43)
     functional.max_pool2d(x, 3)
-    before = functional._ready_call.cache_info()
+    caches = (functional._ready_call, functional._known_window)
+    before = [cache.cache_info() for cache in caches]
     y = functional.max_pool2d(x + 1, 3)
-    after = functional._ready_call.cache_info()
-    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+    for cache, was in zip(caches, before, strict=True):
+        now = cache.cache_info()
+        assert (now.hits, now.misses) == (was.hits + 1, was.misses)
     torch.testing.assert_close(y, F.max_pool2d(x + 1, 3), rtol=0, atol=0)
+
+
+def test_a_call_that_no_backend_prepares_is_remembered_too(monkeypatch):
+    monkeypatch.setitem(ops._FIRST, "cpu", "reference")
+    functional._ready_call.cache_clear()
+    for reduction in (tp.Max(), tp.Mean()):
+        for x in torch.randn(2, 1, 2, 9, 9):
+            y = tp.pool(x, reduction, tp.Window(3))
+            pool = F.max_pool2d if reduction == tp.Max() else F.avg_pool2d
+            torch.testing.assert_close(y, pool(x, 3))
+    functional._ready_call.cache_clear()
 
 
 def test_an_empty_window_is_empty_again():

@@ -124,3 +124,73 @@ def test_lists_of_arguments():
     x = torch.randn(1, 1, 8, 8)
     y = functional.max_pool2d(x, [2, 3], [2, 1])
     assert torch.equal(y, F.max_pool2d(x, [2, 3], [2, 1]))
+
+
+def on_gpu(shape, dtype=torch.float32, layout=torch.contiguous_format, gradient=False):
+    """A tensor that stands for one on a GPU."""
+    return torch.zeros(shape, dtype=dtype).to(memory_format=layout).requires_grad_(gradient)
+
+
+SHAPE = (1, 16, 28, 28)
+MAX, AVG = (2, (), 0, 1, False), (3, 2, 1, False, True, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "options", "expected"),
+    [
+        ("max_pool2d", MAX, {}, True),
+        ("max_pool2d", (3, 2, 1, 1, False), {}, True),
+        ("max_pool2d", MAX, {"dtype": torch.bfloat16}, True),
+        ("max_pool2d", MAX, {"dtype": torch.int32}, False),
+        ("max_pool2d", MAX, {"shape": (1, 1, 513, 513)}, False),  # not small
+        ("max_pool2d", MAX, {"layout": torch.channels_last}, True),
+        ("avg_pool2d", AVG, {"layout": torch.channels_last}, True),
+        ("max_pool3d", MAX, {"shape": (1, 2, 4, 4, 4)}, False),
+        ("adaptive_avg_pool2d", (7,), {}, False),
+        ("max_pool2d", MAX, {"gradient": True}, True),
+        ("max_pool2d", (2, 2, 0, 1, False), {"gradient": True}, True),
+        ("max_pool2d", (3, 2, 1, 1, False), {"gradient": True}, False),  # windows overlap
+        ("max_pool2d", (2, (), 0, 2, False), {"gradient": True}, False),
+        ("max_pool2d", (2, 3, 0, 2, False), {"gradient": True}, True),
+        ("max_pool2d", ([2, 2], (), 0, 1, False), {"gradient": True}, False),
+        ("max_pool2d", MAX, {"gradient": True, "layout": torch.channels_last}, False),
+        ("avg_pool2d", AVG, {"gradient": True}, True),
+        ("avg_pool2d", AVG, {"gradient": True, "shape": (16, 28, 28)}, True),
+        ("avg_pool2d", AVG, {"gradient": True, "layout": torch.channels_last}, False),
+        ("avg_pool2d", AVG, {"gradient": True, "shape": (2, 1, 28, 28)}, False),
+    ],
+)
+def test_which_are_small_on_a_gpu(name, arguments, options, expected):
+    x = on_gpu(**{"shape": SHAPE, **options})
+    assert small._is_small_on_gpu(name, x, arguments) is expected
+
+
+def test_gradients_that_torch_would_refuse_are_ours():
+    x = on_gpu(SHAPE, gradient=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not small._is_small_on_gpu("max_pool2d", x, MAX)
+        assert small._is_small_on_gpu("max_pool2d", x.detach(), MAX)
+        assert small._is_small_on_gpu("avg_pool2d", x, AVG)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_transforms_go_to_our_kernels_on_a_gpu():
+    answers = []
+
+    def function(x):
+        answers.append(small._is_small_on_gpu("max_pool2d", x, MAX))
+        return x.sum()
+
+    torch.func.vmap(torch.func.grad(function))(on_gpu(SHAPE))
+    assert answers == [False]
+
+
+@pytest.mark.parametrize("kernel", [2, (2, 2), [2, 2]])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_arguments_of_any_form_reach_the_rules_of_a_gpu(kernel, gradient, monkeypatch):
+    monkeypatch.setattr(small, "_is_small", small._is_small_on_gpu)
+    x = torch.randn(SHAPE, requires_grad=gradient)
+    torch.testing.assert_close(functional.max_pool2d(x, kernel), F.max_pool2d(x, kernel))
+    torch.testing.assert_close(functional.avg_pool2d(x, kernel), F.avg_pool2d(x, kernel))

@@ -11,7 +11,7 @@ import torchpool
 
 ROOT = Path(torchpool.__file__).parent
 FLOORS = [
-    {"windows", "reductions"},
+    {"windows", "reductions", "small"},
     {"kernels"},
     {"unpool", "ragged"},
     {"ops"},

@@ -139,20 +139,19 @@ _REPEATED: tuple[Any, ...] = (Max, Min, Sum, Mean, Window, Adaptive, Global)
 
 
 def _ready(x: Any, reduction: Any, windows: Any, dims: Any) -> Any:
-    """A call of `pool` for a plain tensor on the CPU, as a function of x; None where it needs more
-    than that."""
+    """A call of `pool` for a plain tensor, as a function of x; None where more is asked of it."""
     if (
         type(reduction) not in _REPEATED
         or type(windows) not in _REPEATED
         or (dims is not None and type(dims) is not range)
         or not isinstance(x, Tensor)
-        or not x.is_cpu
+        or not (x.is_cpu or x.is_cuda)
         or not ops.is_plain(x)
         or os.environ.get("TORCHPOOL_BACKEND")
     ):
         return None
     shape, stride, watched = x.shape, x.stride(), ops.is_watched(x)
-    return _ready_call(reduction, windows, dims, shape, stride, x.dtype, watched)
+    return _ready_call(reduction, windows, dims, shape, stride, x.dtype, x.is_cpu, watched)
 
 
 @lru_cache(maxsize=1024)
@@ -163,15 +162,16 @@ def _ready_call(
     shape: torch.Size,
     stride: tuple[int, ...],
     dtype: torch.dtype,
+    on_cpu: bool,
     watched: bool,
 ) -> Any:
     like = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     case = _case(like, reduction, windows, dims, None, None, False)
     if case.x.dtype != dtype or case.starts is not None:
         return None
-    call = ops.ready(case.x, reduction, case.axes, watched)
+    call = ops.ready(case.x, reduction, case.axes, on_cpu, watched)
     view = case.view
-    if call is None or view.is_canonical:
+    if view.is_canonical:
         return call
     return lambda x: view.restore(call(view.canonical(x)))
 
@@ -421,7 +421,7 @@ class _Case(NamedTuple):
     def is_exported_whole(self) -> bool:
         """Whether an exported graph holds one operator for it: written out, each window of packed
         samples would gather as many elements as the longest could have."""
-        return self.is_packed and torch.compiler.is_exporting()
+        return self.is_packed and lowering.is_exporting()
 
 
 def _case(
@@ -466,7 +466,7 @@ def _case(
 
 
 def _axes(windows: Windows, sizes: Sequence[int]) -> tuple[Axis, ...]:
-    if isinstance(windows, Adaptive) and torch.compiler.is_exporting():
+    if isinstance(windows, Adaptive) and lowering.is_exporting():
         return windows.axes(sizes, symbolic=True)
     if torch.compiler.is_compiling() or isinstance(windows, Fractional):
         return windows.axes(sizes)
@@ -629,7 +629,7 @@ def _needs_composite() -> bool:
     """Whether ordinary torch operators are asked for: an exported graph, forward-mode derivatives,
     or torch.func's derivatives."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return lowering.is_exporting()
     if ops.in_forward_mode():
         return True
     transforms = torch._C._functorch.get_interpreter_stack()
@@ -641,7 +641,7 @@ def _needs_composite() -> bool:
 def _run(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
     if isinstance(case.reduction, Selection):
         return _run_selection(case, return_indices)
-    if torch.compiler.is_exporting() and not case.is_packed:
+    if lowering.is_exporting() and not case.is_packed:
         return lowering.accumulate(
             case.x, case.mask, case.weights, case.params, case.starts, case.reduction, case.axes
         ), None
@@ -656,7 +656,7 @@ def _run(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
 
 
 def _run_selection(case: _Case, return_indices: bool) -> tuple[Tensor, Any]:
-    if torch.compiler.is_exporting() and not case.is_packed and not return_indices:
+    if lowering.is_exporting() and not case.is_packed and not return_indices:
         return lowering.select(case.x, case.mask, case.starts, case.reduction, case.axes), None
     if _needs_composite() and not case.is_exported_whole:
         return reference.composite_select(case.x, case.mask, case.starts, case.reduction, case.axes)
@@ -835,7 +835,10 @@ def _window(
 ) -> Window:
     """A window with torch's limits: symmetric padding, at most half the (dilated) kernel."""
     numbers = (kernel, stride, padding, dilation)
-    if not torch.compiler.is_compiling() and all(type(number) is int for number in numbers):
+    plain = not torch.compiler.is_compiling() and all(
+        type(number) in (int, type(None)) for number in numbers
+    )
+    if plain:
         return _known_window(d, *numbers, bool(ceil_mode))
     return _checked_window(d, *numbers, ceil_mode)
 

@@ -173,16 +173,30 @@ def accumulate(
 
 
 def ready(
-    x: Tensor, reduction: Selection | Accumulation, axes: tuple[Axis, ...], watched: bool
+    x: Tensor,
+    reduction: Selection | Accumulation,
+    axes: tuple[Axis, ...],
+    on_cpu: bool,
+    watched: bool,
 ) -> Any:
-    """The values of all windows as a function of plain tensors like x on the CPU, prepared once.
-    None where the backend prepares nothing.
+    """The values of all windows as a function of plain tensors like x, prepared once.
 
     Args:
+        on_cpu: where these tensors lie.
         watched: a gradient is asked for.
     """
     if watched:
         return _ready_for_gradients(reduction, axes)
+    prepared = _prepared(x, reduction, axes) if on_cpu else None
+    if prepared is not None:
+        return prepared
+    if isinstance(reduction, Selection):
+        return lambda x: _run_select(x, None, None, reduction, axes, False)[0]
+    return lambda x: _run_accumulate(x, None, None, None, None, reduction, axes, False)[0]
+
+
+def _prepared(x: Tensor, reduction: Selection | Accumulation, axes: tuple[Axis, ...]) -> Any:
+    """What the CPU's backend prepares; None where that is nothing."""
     operation = "select" if isinstance(reduction, Selection) else "accumulate"
     others = (None,) * (2 if operation == "select" else 3)
     backend = _backend(operation, torch.device("cpu"), x, *others, reduction, axes)

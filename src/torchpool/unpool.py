@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # no public name tells wrapped tensors
 
-from torchpool.kernels import layout
+from torchpool.kernels import layout, lowering
 from torchpool.windows import Size
 
 __all__ = ["max_unpool1d", "max_unpool2d", "max_unpool3d"]
@@ -189,7 +189,7 @@ def _out_sizes(
 
 
 def _check_range(indices: Tensor, sizes: Sequence[int], space: int) -> None:
-    if torch.compiler.is_exporting():
+    if lowering.is_exporting():
         return
     if torch.compiler.is_compiling():
         inside = (indices >= 0) & (indices < space)

@@ -45,7 +45,7 @@ def empty(
 
 def state_dtype(axes: Sequence[Axis]) -> torch.dtype:
     """The narrowest dtype that holds an offset in the window."""
-    taps = math.prod(axis.kernel for axis in axes)
+    taps = math.prod([axis.kernel for axis in axes])
     if taps <= 1 << 8:
         return torch.uint8
     if taps <= 1 << 16:

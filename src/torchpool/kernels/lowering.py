@@ -23,6 +23,12 @@ _MAX: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _MEAN: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
+def is_exporting() -> bool:
+    """Whether a graph is traced to be exported. Not `torch.compiler.is_exporting()`: the compiler
+    of torch 2.10 and 2.11 answers that with True for every graph that it traces."""
+    return torch.compiler._is_exporting_flag
+
+
 def _is_plain(axis: Axis) -> bool:
     """Whether torch's operators take the axis without ceil_mode: a regular window, symmetric
     padding of at most half of it."""

@@ -157,7 +157,7 @@ def _bands(
         x.shape[0]
         * x.shape[1]
         * first.axis.kernel
-        * math.prod(c.axis.out_size * c.axis.kernel for c in rest)
+        * math.prod([c.axis.out_size * c.axis.kernel for c in rest])
     )
     rows = max(1, MAX_GATHERED // max(1, per_row))
     for begin in range(0, first.axis.out_size, rows):
@@ -170,7 +170,7 @@ def _bands(
 def _windows_of(corners: Sequence[Corner]) -> tuple[Tensor, Tensor]:
     """Flat positions of all taps, (1 | N, 1 | C, *O, prod K), and whether they lie inside the
     input."""
-    taps = math.prod(corner.axis.kernel for corner in corners)
+    taps = math.prod([corner.axis.kernel for corner in corners])
     return locate(torch.arange(taps, device=corners[0].start.device), corners)
 
 

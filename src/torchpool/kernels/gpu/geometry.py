@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -88,8 +89,10 @@ def _free(axis: Axis) -> Axis:
     return axis
 
 
-class View(NamedTuple):
-    """A problem as kernels see it."""
+@dataclass(frozen=True, eq=False)
+class View:
+    """A problem as kernels see it. Each has one view, so that what follows from it is worked out
+    once."""
 
     planes: int
     channels: int
@@ -101,22 +104,22 @@ class View(NamedTuple):
     regular: bool
     """Whether every window has an element inside the input."""
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """Elements of a window."""
         return math.prod(span.kernel for span in self.spans)
 
-    @property
+    @cached_property
     def covers(self) -> int:
         """Outputs that can see one input, at most."""
         return math.prod(span.covers for span in self.spans)
 
-    @property
+    @cached_property
     def kernels(self) -> tuple[int, ...]:
         """Window sizes, where kernels take them as they take sizes."""
         return tuple(span.kernel for span in self.spans)
 
-    @property
+    @cached_property
     def loose(self) -> tuple[Span, ...]:
         """The spans for a kernel that takes window sizes as they come: of `low` and `high` remains
         whether any tap can leave the input."""
@@ -130,7 +133,7 @@ class View(NamedTuple):
         axes = zip(self.spans, self.ins, self.outs, strict=True)
         return all(_is_full(span, size, outs, padded) for span, size, outs in axes)
 
-    @property
+    @cached_property
     def whole(self) -> bool:
         """Whether each plane is one window."""
         pooled = list(zip(self.spans, self.ins, self.outs, strict=True))
@@ -201,7 +204,8 @@ def tile(planes: int, rows: int, columns: int, elements: int) -> Tile:
     return Tile(min(power(planes), max(1, elements // (width * height))), height, width)
 
 
-def programs(planes: int, sizes: Sequence[int], owned: Tile) -> int:
+@lru_cache(maxsize=4096)
+def programs(planes: int, sizes: tuple[int, ...], owned: Tile) -> int:
     """Tiles that cover all planes."""
     *outer, rows, columns = sizes
     blocks = [-(-planes // owned.planes), -(-rows // owned.rows), -(-columns // owned.columns)]
@@ -323,7 +327,8 @@ def strides(t: Tensor, channels_last: bool) -> tuple[int, ...]:
     return (n, 0 if channels_last else c, *head, *pooled, *tail)
 
 
-def sizes(values: Sequence[int]) -> tuple[tuple[int, ...], int]:
+@lru_cache(maxsize=4096)
+def sizes(values: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     """Five sizes with the last divided by its alignment, and that alignment: a kernel that
     multiplies them again knows that rows begin at multiples of it."""
     width = alignment(values[-1])
@@ -365,6 +370,11 @@ def index(count: int) -> Any:
 
 def constants(spans: Sequence[Span]) -> tuple[tuple[int, ...], ...]:
     """Spans as kernels take them."""
+    return _plain_tuples(tuple(spans))
+
+
+@lru_cache(maxsize=4096)
+def _plain_tuples(spans: tuple[Span, ...]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(span) for span in spans)
 
 

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from torchpool.reductions import Max, Mean, Reduction
+from torchpool.small import SMALL_BYTES
 from torchpool.windows import Axis
-
-BYTES = 1 << 20
-"""Inputs up to this size. Derived, not measured: torch reads so much in about a microsecond, and
-starts ten microseconds sooner."""
 
 
 def prefers_torch(x: Tensor, reduction: Reduction, axes: Sequence[Axis]) -> bool:
     """Whether torch's operator is meant for a small input and gives the same values: maxima and
     means of regular windows over two axes, without state."""
-    if x.nbytes > BYTES or len(axes) != 2 or not x.dtype.is_floating_point:
+    if x.nbytes > SMALL_BYTES or len(axes) != 2 or not x.dtype.is_floating_point:
         return False
     if isinstance(reduction, Mean):
         padded = any(axis.before for axis in axes) and not reduction.count_include_pad
