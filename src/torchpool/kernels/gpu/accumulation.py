@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchpool.kernels.gpu import geometry, launching
-from torchpool.kernels.gpu.formulas import formula
+from torchpool.kernels.gpu.formulas import form, formula, moving
 from torchpool.kernels.gpu.geometry import (
     View,
     count_inside,
@@ -42,6 +42,8 @@ FEW = 32
 """Windows up to this size are unrolled."""
 UNROLLED_COVERS = 16
 _ANCHORS = {None: 0, "max": 1, "mean": 2}
+_BEFORE = tl.constexpr((0.0, float("-inf"), 0.0))
+"""Each kind of anchor before the first tap."""
 
 
 @triton.jit
@@ -70,8 +72,8 @@ def _anchor_more(
 ):  # fmt: skip
     """The anchor with one more tap: the largest key (NaN wins), or the weighted sum."""
     if ANCHOR == 1:
-        k = KEY(v, p)
-        anchor = tl.where(valid & ((seen == 0) | (k > anchor) | (k != k)), k, anchor)
+        k = tl.where(valid, KEY(v, p), float("-inf"))
+        anchor = tl.maximum(anchor, k, propagate_nan=tl.PropagateNan.ALL)
         seen = tl.where(valid, 1, seen)
     else:
         anchor += tl.where(valid, w * v, 0)
@@ -140,7 +142,8 @@ def _put(
     FINISH: tl.constexpr, GRAD: tl.constexpr, LEAST: tl.constexpr, SAVE: tl.constexpr,
     DIVISOR: tl.constexpr,
 ):  # fmt: skip
-    """Finishes windows and writes their values, and (anchor, derivatives by sums and n)."""
+    """Finishes windows and writes their values, and the rows SAVE of (anchor, derivatives by sums
+    and by n)."""
     filled = ~(number <= LEAST(p))
     n = tl.where(filled, n, LEAST(p) + 1)
     safe = ()
@@ -148,14 +151,15 @@ def _put(
         safe = safe + (tl.where(filled, sums[k], 1.0),)
     value = FINISH(safe, n, anchor, p)
     tl.store(y + at, tl.where(filled, value, 0).to(y.dtype.element_ty), mask=written)
-    if SAVE:
+    if len(SAVE):
         by_sums, by_n, by_p = GRAD(safe, n, anchor, p)
-        tl.store(saved + at, anchor, mask=written)
+        rows = (anchor,)
         for k in tl.static_range(len(sums)):
-            slot = saved + (1 + k) * total.to(tl.int64)
-            tl.store(slot + at, tl.where(filled, by_sums[k], 0), mask=written)
+            rows = rows + (tl.where(filled, by_sums[k], 0),)
         by_n = tl.where(filled, by_n, 0) if DIVISOR is None else tl.zeros_like(value)
-        tl.store(saved + (1 + len(sums)) * total.to(tl.int64) + at, by_n, mask=written)
+        rows = rows + (by_n,)
+        for k in tl.static_range(len(SAVE)):
+            tl.store(saved + SAVE[k] * total.to(tl.int64) + at, rows[SAVE[k]], mask=written)
 
 
 @triton.jit
@@ -216,7 +220,7 @@ def few_kernel(
     f2, e2 = start_of(a2, i2, o2, A2), stop_of(a2, i2, o2, A2)
     f3, e3 = start_of(a3, i3, o3, A3), stop_of(a3, i3, o3, A3)
     f4, e4 = start_of(a4, i4, o4, A4), stop_of(a4, i4, o4, A4)
-    anchor = tl.zeros([R, C], WIDE)
+    anchor = tl.full([R, C], _BEFORE[ANCHOR], WIDE)
     number = tl.zeros([R, C], WIDE)
     sums = ()
     slopes = ()
@@ -347,7 +351,7 @@ def many_kernel(
     if PARAMETER:
         channel = (starts[4] if LAST else c) if PER_CHANNEL else c * 0
         p = tl.load(ps + channel, mask=live, other=1).to(WIDE)
-    anchor = tl.zeros([BT, BL], WIDE)
+    anchor = tl.full([BT, BL], _BEFORE[ANCHOR], WIDE)
     number = tl.zeros([BT, BL], WIDE)
     if ANCHOR:
         for t0 in range(0, taps, BT):
@@ -631,7 +635,7 @@ def _from_output(
     CLOSED: tl.constexpr, LINEAR: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr,
     PADDED: tl.constexpr, TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """What one output sends to the input v and to its weight."""
+    """What one output sends to the input v and to its weight, through the sums SUMS."""
     g = tl.load(grad + at, mask=valid, other=0).to(WIDE)
     gw = tl.zeros_like(g)
     if FACTOR is not None:
@@ -651,13 +655,13 @@ def _from_output(
         if TO_WEIGHTS:
             terms = TERMS(v, anchor, p)
         gx = tl.zeros_like(g)
-        for k in tl.static_range(SUMS):
-            by_sum = tl.load(saved + (1 + k) * size + at, mask=valid, other=0)
-            gx += by_sum * slopes[k]
-            gw += by_sum * terms[k]
+        for k in tl.static_range(len(SUMS)):
+            by_sum = tl.load(saved + (1 + SUMS[k]) * size + at, mask=valid, other=0)
+            gx += by_sum * slopes[SUMS[k]]
+            gw += by_sum * terms[SUMS[k]]
         gx = tl.where(valid, g * gx, 0)
         if TO_WEIGHTS:
-            gw += tl.load(saved + (1 + SUMS) * size + at, mask=valid, other=0)
+            gw += tl.load(saved + (1 + len(terms)) * size + at, mask=valid, other=0)
             gw = tl.where(valid, g * gw, 0)
     return gx, gw
 
@@ -704,12 +708,31 @@ class Problem(NamedTuple):
         )
         return 1.0 / self.seen.taps if full and self.seen.taps <= FEW else None
 
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """Through which sums gradients come: by weights through all."""
+        kind: Any = type(self.reduction)
+        return moving(kind) if self.weights is None else tuple(range(kind.num_sums))
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """What is saved of the anchor, the derivatives by each sum and that by n."""
+        anchor = () if self.reduction.anchor is None else (0,)
+        by_n = () if self.weights is None else (1 + self.reduction.num_sums,)
+        return (*anchor, *(1 + k for k in self.sums), *by_n)
+
+    def formula(self, name: str) -> Any:
+        """A formula of the reduction, in the form for its parameter. Derivatives by weights read
+        every term, which the forms for known parameters leave out."""
+        kind: Any = type(self.reduction)
+        known = self.params if self.weights is None else None
+        return formula(kind, name, form(self.reduction, known, self.compute))
+
     def common(self) -> dict[str, Any]:
         """What all kernels are compiled for."""
-        kind: Any = type(self.reduction)
         mean = self.reduction if isinstance(self.reduction, Mean) else Mean()
         return {
-            "TERMS": formula(kind, "lift"),
+            "TERMS": self.formula("lift"),
             "ANCHOR": _ANCHORS[self.reduction.anchor],
             "SUMS": self.reduction.num_sums,
             "PARAMETER": self.params is not None,
@@ -726,7 +749,6 @@ def forward(problem: Problem, y: Tensor, saved: Tensor | None, grad: Tensor | No
     """Values of all windows into y, and what the backward pass needs into `saved` (num_sums + 2,
     outputs in the memory order of y); with grad instead the parts of dL/dp into y."""
     seen, x, mask, weights, params, reduction, _ = problem
-    kind: Any = type(reduction)
     outputs = seen.planes * math.prod(seen.outs)
     ins, in_width = geometry.sizes(seen.ins)
     outs, out_width = geometry.sizes(seen.outs)
@@ -734,14 +756,14 @@ def forward(problem: Problem, y: Tensor, saved: Tensor | None, grad: Tensor | No
         **problem.common(),
         "IN": in_width,
         "OUT": out_width,
-        "KEY": formula(kind, "key"),
-        "FINISH": formula(kind, "finish"),
-        "GRAD": formula(kind, "finish_grad"),
-        "LEAST": formula(kind, "least"),
-        "SLOPES": formula(kind, "lift" if grad is None else "lift_dp"),
+        "KEY": problem.formula("key"),
+        "FINISH": problem.formula("finish"),
+        "GRAD": problem.formula("finish_grad"),
+        "LEAST": problem.formula("least"),
+        "SLOPES": problem.formula("lift" if grad is None else "lift_dp"),
         "DIVISOR": reduction.divisor if isinstance(reduction, Mean) else None,
         "EXACT": reduction.linear,
-        "SAVE": saved is not None,
+        "SAVE": () if saved is None else problem.rows,
         "BY_PARAMETER": grad is not None,
         "READ": x is not None,
     }
@@ -781,7 +803,6 @@ def backward(
 ) -> None:
     """Gradients by x into gx, by weights into gw (of x's shape and layout)."""
     seen, x, mask, weights, params, reduction, _ = problem
-    kind: Any = type(reduction)
     anywhere = gx if gx is not None else gw
     assert anywhere is not None
     spans = list(seen.loose)
@@ -799,9 +820,9 @@ def backward(
         geometry.mask_strides(mask, seen), geometry.mask_strides(weights, seen),
         IN=in_width, OUT=out_width, W=geometry.constants(spans), T=tuple(owned), GROUP=group,
         UNROLL=seen.covers // seen.spans[-1].covers <= UNROLLED_COVERS,
-        SLOPES=formula(kind, "lift_dx"), FACTOR=problem.factor, CLOSED=saved is None,
+        SLOPES=problem.formula("lift_dx"), FACTOR=problem.factor, CLOSED=saved is None,
         LINEAR=reduction.linear, TO_X=gx is not None, TO_WEIGHTS=gw is not None,
-        **problem.common(),
+        **{**problem.common(), "SUMS": problem.sums},
     )  # fmt: skip
 
 
