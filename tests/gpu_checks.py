@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import oracle
 import torch
+import triton
+import triton.language as tl
 from cases import TOLERANCE, Geometry, _a, _w, laid_out, numbers
 from torch import Tensor
 
 import torchpool as tp
+from torchpool import reductions
 from torchpool.kernels import gpu, layout, reference
-from torchpool.kernels.gpu import small
+from torchpool.kernels.gpu import formulas, small
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ("contiguous", "channels_last")
@@ -276,6 +279,100 @@ def accumulation_of_everything() -> None:
         x = place(numbers(USUAL[1].shape, 6, "positive"), form, dtype)
         for reduction in (tp.Mean(), tp.SoftmaxMean(2.0)):
             accumulates(USUAL[1], x, reduction)
+
+
+@triton.jit
+def apply_kernel(x, y, size, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y + at, FUNCTION(tl.load(x + at, mask=at < size)), mask=at < size)
+
+
+def applied(function, x: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a Triton function, and the arguments as rounded to the dtype."""
+    given = torch.from_numpy(x).to(DEVICE, dtype)
+    y = torch.empty_like(given)
+    apply_kernel[(1,)](given, y, len(x), function, triton.next_power_of_2(len(x)))
+    return y.cpu().double().numpy(), given.cpu().double().numpy()
+
+
+def functions() -> None:
+    """Exponentials and logarithms: relative errors, against NumPy."""
+    small = np.logspace(-30, -1, 200)
+    below = np.concatenate([-small, np.linspace(-80, -0.1, 500)])
+    around = np.concatenate([below, small, np.linspace(0.1, 80, 300)])
+    above_minus_1 = np.concatenate([-small, small, np.linspace(-0.99, 20, 500)])
+    positive = np.logspace(-30, 30, 500)
+    cases = (
+        (formulas._quick_exp, np.exp, around),
+        (formulas._quick_expm1, np.expm1, around),
+        (formulas._quick_log1p, np.log1p, above_minus_1),
+        (formulas._quick_log, np.log, positive),
+        (formulas._exp, np.exp, around),
+        (formulas._expm1, np.expm1, around),
+        (formulas._log1p, np.log1p, above_minus_1),
+        (formulas._log, np.log, positive),
+    )
+    for function, known, grid in cases:
+        single = "quick" in function.__name__
+        found, x = applied(function, grid, torch.float32 if single else torch.float64)
+        error = np.abs(found - known(x)) / np.abs(known(x))
+        unit = 1e-6 if single else 2e-15
+        # An exponential's argument is rounded after it is scaled.
+        allowed = unit * (1 + 0.2 * np.abs(x)) if "exp" in function.__name__ else unit
+        assert (error <= allowed).all(), (function.__name__, (error / allowed).max())
+
+
+KNOWN = (
+    tp.SoftmaxMean(1.0),
+    tp.SoftmaxMean(-1.5),
+    tp.LogMeanExp(2.0),
+    tp.LogMeanExp(-0.7),
+    tp.PowerMean(2.0),
+    tp.PowerMean(3.0),
+    tp.PowerMean(2.5),
+    tp.PowerMean(-1.0),
+    tp.PowerMean(np.inf),
+    tp.Lp(2.0),
+    tp.Lp(3.0),
+    tp.Lp(0.7),
+    tp.Lp(np.inf),
+    tp.Var(),
+    tp.Std(1.0),
+)
+
+
+def forms() -> None:
+    """The formulas' short forms: float32, and small whole parameters told by a reduction."""
+    for reduction in KNOWN:
+        for kind, dtype in itertools.product(("positive", "ties"), (torch.float32, torch.float64)):
+            if dtype == torch.float64 and reduction.value not in reductions.SMALL_NUMBERS:
+                continue
+            x = place(numbers(USUAL[1].shape, 2, kind), "contiguous", dtype)
+            weights = torch.rand(x.shape).to(x) if kind == "positive" else None
+            accumulates(USUAL[1], x, reduction, weights=weights)
+        told = reductions.from_spec(reduction.spec).value
+        assert told == (reduction.value if reduction.value in reductions.SMALL_NUMBERS else None)
+
+
+def extremes() -> None:
+    """Float32 windows of zeros, infinities, NaN and the largest numbers."""
+    geometry = USUAL[0]
+    huge = numbers(geometry.shape, 8, "ties").clamp(-4, 4)
+    near_0 = (tp.PowerMean(1e-9), tp.LogMeanExp(1e-30), tp.LogMeanExp(1e-6))
+    for kind, reduction in itertools.product(("special", "huge", "tiny"), (*KNOWN, *near_0)):
+        if isinstance(reduction, tp.Var) or (kind != "special" and reduction.value in (0.7, 1e-9)):
+            continue
+        x = numbers(geometry.shape, 8, "special") if kind == "special" else huge
+        x = place(x * {"special": 1.0, "huge": 4e37, "tiny": 1e-37}[kind], "contiguous").float()
+        p = torch.tensor([reduction.value], dtype=torch.float32, device=DEVICE)
+        case = (None, None, p, reduction, geometry.windows.axes(geometry.shape[2:]))
+        y, saved = gpu.accumulate(x, *case, True)
+        wide = (None, None, p.double(), *case[3:])
+        want = reference.accumulate(x.double(), *wide, False)[0]
+        same(y, want.float().cpu(), torch.float32)
+        if kind != "special":
+            args = (x, None, None, p, saved, *case[3:], [True, False, False], False)
+            assert gpu.accumulate_backward(torch.ones_like(y), *args)[0].isfinite().all(), reduction
 
 
 def layers() -> None:

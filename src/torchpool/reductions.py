@@ -46,6 +46,8 @@ __all__ = [
 Scalar = Any
 Scalars = tuple[Any, ...]
 _classes: dict[str, type[Reduction]] = {}
+SMALL_NUMBERS = (1, 2, 3)
+"""Parameters that `Reduction.spec` tells."""
 
 
 def where(condition: Scalar, yes: Scalar, no: Scalar) -> Scalar:
@@ -79,20 +81,23 @@ class Reduction:
 
     @property
     def spec(self) -> str:
-        """The reduction without its parameter as text: what an operator's schema carries.
-        `from_spec` reads it."""
+        """The reduction as text: what an operator's schema carries. `from_spec` reads it. Of the
+        parameter only small whole numbers are kept, for which backends have shorter formulas."""
         cls = type(self)
         text = f"{cls.__module__}.{cls.__qualname__}"
         for field in fields(self):  # type: ignore[arg-type]
-            name = field.name
-            if name not in (self.parameter, "learnable"):
-                text += f"|{name}={getattr(self, name)!r}"
+            name, value = field.name, getattr(self, field.name)
+            if name == self.parameter:
+                if isinstance(value, (int, float)) and value in SMALL_NUMBERS:
+                    text += f"|{name}={float(value)}"
+            elif name != "learnable":
+                text += f"|{name}={value!r}"
         return text
 
 
 @lru_cache(maxsize=1024)
 def from_spec(spec: str) -> Any:
-    """The reduction that `spec` describes; its parameter is None.
+    """The reduction that `spec` describes; its parameter is None unless it is told.
 
     Raises:
         ValueError: the class is not known in this process (import the module that defines it).
@@ -106,11 +111,11 @@ def from_spec(spec: str) -> Any:
     cls = _classes[name]
     made = cls.__new__(cls)
     values = {f.name: f.default for f in fields(cls)}  # type: ignore[arg-type]
+    if cls.parameter is not None:
+        values[cls.parameter] = None
     values.update(
         (key, _literal(text)) for key, text in (option.split("=", 1) for option in options)
     )
-    if cls.parameter is not None:
-        values[cls.parameter] = None
     for key, value in values.items():
         object.__setattr__(made, key, value)
     return made
@@ -321,6 +326,26 @@ def side(p: Scalar) -> Scalar:
     return where(p < 0, -1.0, 1.0)
 
 
+def decay(q: Scalar, d: Scalar) -> Scalar:
+    """e^(q d)."""
+    return exp(q * d)
+
+
+def decay_less_one(q: Scalar, d: Scalar) -> Scalar:
+    """(e^(q d) - 1) / q: precise for tiny q, where it is d."""
+    return expm1(q * d) / q
+
+
+def tapered(e: Scalar, d: Scalar) -> Scalar:
+    """e d, and 0 where e = e^(q d) has vanished: d may be -infinity there."""
+    return where(e == 0, 0.0, e * d)
+
+
+def less_one(s: Scalars, n: Scalar, q: Scalar) -> Scalar:
+    """The sum of (e^t - 1) / q, of the sums s of e^t and of that."""
+    return s[1]
+
+
 def log_mean(s0: Scalar, s1: Scalar, n: Scalar) -> Scalar:
     """log(s0 / n) for s0 = sum of e^t, s1 = sum of e^t - 1: precise for tiny and for large t."""
     return where(
@@ -357,23 +382,20 @@ class SoftmaxMean(Accumulation):
     @staticmethod
     def lift(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
         d = gap(side(p) * x, a)
-        e = exp(strength(p) * d)
-        return e, where(e == 0, 0.0, e * d)
+        e = decay(strength(p), d)
+        return e, tapered(e, d)
 
     @staticmethod
     def lift_dx(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
         d = gap(side(p) * x, a)
-        t = strength(p) * d
-        e = exp(t)
-        return where(e == 0, 0.0, side(p) * strength(p) * e), where(
-            e == 0, 0.0, side(p) * e * (1.0 + t)
-        )
+        e = decay(strength(p), d)
+        return side(p) * strength(p) * e, side(p) * tapered(e, 1.0 + strength(p) * d)
 
     @staticmethod
     def lift_dp(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
         d = gap(side(p) * x, a)
-        e = exp(strength(p) * d)
-        return where(e == 0, 0.0, side(p) * e * d), where(e == 0, 0.0, side(p) * e * d * d)
+        e = decay(strength(p), d)
+        return side(p) * tapered(e, d), side(p) * tapered(tapered(e, d), d)
 
     @staticmethod
     def finish(s: Scalars, n: Scalar, a: Scalar, p: Scalar) -> Scalar:
@@ -412,30 +434,29 @@ class LogMeanExp(Accumulation):
 
     @staticmethod
     def lift(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
-        t = strength(p) * gap(side(p) * x, a)
-        return exp(t), expm1(t) / strength(p)
+        d = gap(side(p) * x, a)
+        return decay(strength(p), d), decay_less_one(strength(p), d)
 
     @staticmethod
     def lift_dx(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
-        return 0.0, side(p) * exp(strength(p) * gap(side(p) * x, a))
+        return 0.0, side(p) * decay(strength(p), gap(side(p) * x, a))
 
     @staticmethod
     def lift_dp(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
-        d = gap(side(p) * x, a)
-        t = strength(p) * d
-        e = exp(t)
-        return 0.0, side(p) * (where(e == 0, 0.0, e * d) - expm1(t) / strength(p)) / strength(p)
+        q, d = strength(p), gap(side(p) * x, a)
+        return 0.0, side(p) * (tapered(decay(q, d), d) - decay_less_one(q, d)) / q
 
     @staticmethod
     def finish(s: Scalars, n: Scalar, a: Scalar, p: Scalar) -> Scalar:
         q = strength(p)
-        return side(p) * (a + log_mean(s[0], q * s[1], n) / q)
+        return side(p) * (a + log_mean(s[0], q * less_one(s, n, q), n) / q)
 
     @staticmethod
     def finish_grad(s: Scalars, n: Scalar, a: Scalar, p: Scalar) -> tuple[Scalars, Scalar, Scalar]:
         q = strength(p)
-        dq = s[1] / s[0] / q - log_mean(s[0], q * s[1], n) / q / q
-        return (0.0 * s[0], side(p) / s[0]), -side(p) * s[1] / s[0] / n, dq
+        less = less_one(s, n, q)
+        dq = less / s[0] / q - log_mean(s[0], q * less, n) / q / q
+        return (0.0 * s[0], side(p) / s[0]), -side(p) * less / s[0] / n, dq
 
 
 def floored(x: Scalar, eps: Scalar) -> Scalar:
@@ -465,6 +486,16 @@ def power_less_one(x: Scalar, a: Scalar, q: Scalar) -> Scalar:
 def root(s: Scalar, q: Scalar) -> Scalar:
     """s^(1/q)."""
     return exp(log(s) / q)
+
+
+def mean_root(s: Scalars, n: Scalar, sign: Scalar, q: Scalar) -> Scalar:
+    """(s[0] / n)^(sign / q)."""
+    return exp(sign * log_mean(s[0], q * less_one(s, n, q), n) / q)
+
+
+def per(e: Scalar, x: Scalar) -> Scalar:
+    """e / x, and 0 where x is 0."""
+    return where(x == 0, 0.0, e / where(x == 0, 1.0, x))
 
 
 # The same for whole exponents: products instead of exponentials.
@@ -503,6 +534,26 @@ WHOLE_POWERS: dict[int, dict[Any, Any]] = {
     3: {power: cube},
 }
 """What replaces the general functions in formulas whose exponent is one of these numbers."""
+
+
+def nothing(x: Scalar, a: Scalar, q: Scalar) -> Scalar:
+    """`power_less_one` where its sum is known from that of `power`."""
+    return 0.0
+
+
+def rest(s: Scalars, n: Scalar, q: Scalar) -> Scalar:
+    """`less_one` without its own sum, where q is not tiny."""
+    return (s[0] - n) / q
+
+
+def log_of_mean(s0: Scalar, s1: Scalar, n: Scalar) -> Scalar:
+    """`log_mean` where q is not tiny."""
+    return log(s0 / n)
+
+
+def root_of_mean(s: Scalars, n: Scalar, sign: Scalar, q: Scalar) -> Scalar:
+    """`mean_root` for a positive exponent that is not tiny."""
+    return root(s[0] / n, q)
 
 
 GEM_FLOOR = 1e-6
@@ -551,25 +602,23 @@ class PowerMean(Accumulation):
 
     @staticmethod
     def lift_dp(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
-        d = side(p) * log_ratio(floored(x, GEM_FLOOR), side(p) * a)
-        t = strength(p) * d
-        e = exp(t)
-        return 0.0, side(p) * (where(e == 0, 0.0, e * d) - expm1(t) / strength(p)) / strength(p)
+        q, d = strength(p), side(p) * log_ratio(floored(x, GEM_FLOOR), side(p) * a)
+        return 0.0, side(p) * (tapered(decay(q, d), d) - decay_less_one(q, d)) / q
 
     @staticmethod
     def finish(s: Scalars, n: Scalar, a: Scalar, p: Scalar) -> Scalar:
         q = strength(p)
-        return side(p) * a * exp(side(p) * log_mean(s[0], q * s[1], n) / q)
+        return side(p) * a * mean_root(s, n, side(p), q)
 
     @staticmethod
     def finish_grad(s: Scalars, n: Scalar, a: Scalar, p: Scalar) -> tuple[Scalars, Scalar, Scalar]:
         q = strength(p)
-        mean = log_mean(s[0], q * s[1], n)
-        y = side(p) * a * exp(side(p) * mean / q)
+        less = less_one(s, n, q)
+        y = side(p) * a * mean_root(s, n, side(p), q)
         return (
             (0.0 * s[0], side(p) * y / s[0]),
-            -side(p) * y * s[1] / s[0] / n,
-            y * (s[1] / s[0] / q - mean / q / q),
+            -side(p) * y * less / s[0] / n,
+            y * (less / s[0] / q - log_mean(s[0], q * less, n) / q / q),
         )
 
 
@@ -607,14 +656,14 @@ class Lp(Accumulation):
     @staticmethod
     def lift_dx(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
         e = power(abs(x), a, strength(p))
-        return (where(x == 0, 0.0, e / where(x == 0, 1.0, x)),)
+        return (per(e, x),)
 
     @staticmethod
     def lift_dp(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
         q = strength(p)
         d = log_ratio(abs(x), a)
-        e = exp(q * d)
-        return ((where(e == 0, 0.0, e * d) - e / q) / q,)
+        e = decay(q, d)
+        return ((tapered(e, d) - e / q) / q,)
 
     @staticmethod
     def finish(s: Scalars, n: Scalar, a: Scalar, p: Scalar) -> Scalar:
@@ -623,9 +672,8 @@ class Lp(Accumulation):
     @staticmethod
     def finish_grad(s: Scalars, n: Scalar, a: Scalar, p: Scalar) -> tuple[Scalars, Scalar, Scalar]:
         q = strength(p)
-        log_sum = log(q * s[0])
-        y = a * exp(log_sum / q)
-        return (y / s[0] / q,), 0.0, y * (1.0 - log_sum) / q / q
+        y = a * root(q * s[0], q)
+        return (y / (q * s[0]),), 0.0, y * (1.0 - log(q * s[0])) / q / q
 
 
 @dataclass(frozen=True)

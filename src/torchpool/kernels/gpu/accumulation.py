@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchpool.kernels.gpu import geometry, launching
-from torchpool.kernels.gpu.formulas import formula
+from torchpool.kernels.gpu.formulas import form, formula, moving
 from torchpool.kernels.gpu.geometry import (
     View,
     count_inside,
@@ -45,6 +45,8 @@ UNROLLED_COVERS = 16
 ROWS_OF_A_LANE = 4
 """Neighbouring windows that share what they read."""
 _ANCHORS = {None: 0, "max": 1, "mean": 2}
+_BEFORE = tl.constexpr((0.0, float("-inf"), 0.0))
+"""Each kind of anchor before the first tap."""
 
 
 @triton.jit
@@ -73,8 +75,8 @@ def _anchor_more(
 ):  # fmt: skip
     """The anchor with one more tap: the largest key (NaN wins), or the weighted sum."""
     if ANCHOR == 1:
-        k = KEY(v, p)
-        anchor = tl.where(valid & ((seen == 0) | (k > anchor) | (k != k)), k, anchor)
+        k = tl.where(valid, KEY(v, p), float("-inf"))
+        anchor = tl.maximum(anchor, k, propagate_nan=tl.PropagateNan.ALL)
         seen = tl.where(valid, 1, seen)
     else:
         anchor += tl.where(valid, w * v, 0)
@@ -143,7 +145,8 @@ def _put(
     FINISH: tl.constexpr, GRAD: tl.constexpr, LEAST: tl.constexpr, SAVE: tl.constexpr,
     DIVISOR: tl.constexpr,
 ):  # fmt: skip
-    """Finishes windows and writes their values, and (anchor, derivatives by sums and n)."""
+    """Finishes windows and writes their values, and the rows SAVE of (anchor, derivatives by sums
+    and by n)."""
     filled = ~(number <= LEAST(p))
     n = tl.where(filled, n, LEAST(p) + 1)
     safe = ()
@@ -151,14 +154,15 @@ def _put(
         safe = safe + (tl.where(filled, sums[k], 1.0),)
     value = FINISH(safe, n, anchor, p)
     tl.store(y + at, tl.where(filled, value, 0).to(y.dtype.element_ty), mask=written)
-    if SAVE:
+    if len(SAVE):
         by_sums, by_n, by_p = GRAD(safe, n, anchor, p)
-        tl.store(saved + at, anchor, mask=written)
+        rows = (anchor,)
         for k in tl.static_range(len(sums)):
-            slot = saved + (1 + k) * total.to(tl.int64)
-            tl.store(slot + at, tl.where(filled, by_sums[k], 0), mask=written)
+            rows = rows + (tl.where(filled, by_sums[k], 0),)
         by_n = tl.where(filled, by_n, 0) if DIVISOR is None else tl.zeros_like(value)
-        tl.store(saved + (1 + len(sums)) * total.to(tl.int64) + at, by_n, mask=written)
+        rows = rows + (by_n,)
+        for k in tl.static_range(len(SAVE)):
+            tl.store(saved + SAVE[k] * total.to(tl.int64) + at, rows[SAVE[k]], mask=written)
 
 
 @triton.jit
@@ -342,7 +346,7 @@ def few_kernel(
         + (a3 * HEIGHT if ALONG == 3 else a3)
     ) * o4 + a4
     for o in tl.static_range(HEIGHT):
-        anchor = nothing
+        anchor = nothing + _BEFORE[ANCHOR]
         window = sums[o]
         slopes = none
         number = numbers[o]
@@ -427,7 +431,7 @@ def many_kernel(
     if PARAMETER:
         channel = (starts[4] if LAST else c) if PER_CHANNEL else c * 0
         p = tl.load(ps + channel, mask=live, other=1).to(WIDE)
-    anchor = tl.zeros([BT, BL], WIDE)
+    anchor = tl.full([BT, BL], _BEFORE[ANCHOR], WIDE)
     number = tl.zeros([BT, BL], WIDE)
     if ANCHOR:
         for t0 in range(0, taps, BT):
@@ -828,8 +832,8 @@ def _message(
     TO_WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What one output has for the inputs that it sees: the same for all of them where that is known
-    (n is `rows` × `columns`), its anchor, and its gradient times the derivatives by its sums and
-    by n."""
+    (n is `rows` × `columns`), its anchor, and its gradient times the derivatives by its sums SUMS
+    and by n."""
     g = tl.load(grad + at, mask=valid, other=0).to(WIDE)
     anchor = tl.zeros_like(g)
     derivatives = ()
@@ -844,11 +848,11 @@ def _message(
         size = outputs.to(tl.int64)
         if ANCHOR:
             anchor = tl.load(saved + at, mask=valid, other=0)
-        for k in tl.static_range(SUMS):
-            by_sum = tl.load(saved + (1 + k) * size + at, mask=valid, other=0)
+        for k in tl.static_range(len(SUMS)):
+            by_sum = tl.load(saved + (1 + SUMS[k]) * size + at, mask=valid, other=0)
             derivatives = derivatives + (g * by_sum,)
-        if TO_WEIGHTS:
-            by_n = g * tl.load(saved + (1 + SUMS) * size + at, mask=valid, other=0)
+        if TO_WEIGHTS:  # then through all sums
+            by_n = g * tl.load(saved + (1 + len(SUMS)) * size + at, mask=valid, other=0)
     return g, anchor, derivatives, by_n
 
 
@@ -864,13 +868,13 @@ def _taken(
     if FACTOR is None and not CLOSED:
         slopes = SLOPES(v, message[1], p)
         gx = tl.zeros_like(gx)
-        for k in tl.static_range(SUMS):
-            gx += message[2][k] * slopes[k]
+        for k in tl.static_range(len(SUMS)):
+            gx += message[2][k] * slopes[SUMS[k]]
         gx = tl.where(valid, gx, 0)
         if TO_WEIGHTS:
             terms = TERMS(v, message[1], p)
-            for k in tl.static_range(SUMS):
-                gw += message[2][k] * terms[k]
+            for k in tl.static_range(len(SUMS)):
+                gw += message[2][k] * terms[SUMS[k]]
             gw = tl.where(valid, gw + message[3], 0)
     return gx, gw
 
@@ -915,12 +919,31 @@ class Problem(NamedTuple):
             return None
         return 1.0 / self.seen.taps
 
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """Through which sums gradients come: by weights through all."""
+        kind: Any = type(self.reduction)
+        return moving(kind) if self.weights is None else tuple(range(kind.num_sums))
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """What is saved of the anchor, the derivatives by each sum and that by n."""
+        anchor = () if self.reduction.anchor is None else (0,)
+        by_n = () if self.weights is None else (1 + self.reduction.num_sums,)
+        return (*anchor, *(1 + k for k in self.sums), *by_n)
+
+    def formula(self, name: str) -> Any:
+        """A formula of the reduction, in the form for its parameter. Derivatives by weights read
+        every term, which the forms for known parameters leave out."""
+        kind: Any = type(self.reduction)
+        known = self.params if self.weights is None else None
+        return formula(kind, name, form(self.reduction, known, self.compute))
+
     def common(self) -> dict[str, Any]:
         """What all kernels are compiled for."""
-        kind: Any = type(self.reduction)
         mean = self.reduction if isinstance(self.reduction, Mean) else Mean()
         return {
-            "TERMS": formula(kind, "lift"),
+            "TERMS": self.formula("lift"),
             "ANCHOR": _ANCHORS[self.reduction.anchor],
             "SUMS": self.reduction.num_sums,
             "PARAMETER": self.params is not None,
@@ -937,7 +960,6 @@ def forward(problem: Problem, y: Tensor, saved: Tensor | None, grad: Tensor | No
     """Values of all windows into y, and what the backward pass needs into `saved` (num_sums + 2,
     outputs in the memory order of y); with grad instead the parts of dL/dp into y."""
     seen, x, mask, weights, params, reduction, _ = problem
-    kind: Any = type(reduction)
     outputs = seen.planes * math.prod(seen.outs)
     ins, in_width = geometry.sizes(seen.ins)
     outs, out_width = geometry.sizes(seen.outs)
@@ -945,14 +967,14 @@ def forward(problem: Problem, y: Tensor, saved: Tensor | None, grad: Tensor | No
         **problem.common(),
         "IN": in_width,
         "OUT": out_width,
-        "KEY": formula(kind, "key"),
-        "FINISH": formula(kind, "finish"),
-        "GRAD": formula(kind, "finish_grad"),
-        "LEAST": formula(kind, "least"),
-        "SLOPES": formula(kind, "lift" if grad is None else "lift_dp"),
+        "KEY": problem.formula("key"),
+        "FINISH": problem.formula("finish"),
+        "GRAD": problem.formula("finish_grad"),
+        "LEAST": problem.formula("least"),
+        "SLOPES": problem.formula("lift" if grad is None else "lift_dp"),
         "DIVISOR": reduction.divisor if isinstance(reduction, Mean) else None,
         "EXACT": reduction.linear,
-        "SAVE": saved is not None,
+        "SAVE": () if saved is None else problem.rows,
         "BY_PARAMETER": grad is not None,
         "READ": x is not None,
     }
@@ -988,7 +1010,6 @@ def backward(
 ) -> None:
     """Gradients by x into gx, by weights into gw (of x's shape and layout)."""
     seen, x, mask, weights, params, reduction, _ = problem
-    kind: Any = type(reduction)
     anywhere = gx if gx is not None else gw
     assert anywhere is not None
     ins, in_width = geometry.sizes(seen.ins)
@@ -998,7 +1019,8 @@ def backward(
     steps = (geometry.mask_strides(mask, seen), geometry.mask_strides(weights, seen))
     shared = {
         **problem.common(),
-        "IN": in_width, "OUT": out_width, "SLOPES": formula(kind, "lift_dx"),
+        "IN": in_width, "OUT": out_width, "SLOPES": problem.formula("lift_dx"),
+        "SUMS": problem.sums,
         "FACTOR": problem.factor, "CLOSED": saved is None, "LINEAR": reduction.linear,
         "TO_X": gx is not None, "TO_WEIGHTS": gw is not None,
     }  # fmt: skip
