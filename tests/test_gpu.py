@@ -26,6 +26,7 @@ GROUPS = (
     "accumulation",
     "accumulation_of_everything",
     "large",
+    "split",
     "apart",
     "layers",
 )

@@ -159,7 +159,7 @@ def alignment(size: int) -> int:
     return math.gcd(size, _WIDEST)
 
 
-def _block(size: int, most: int) -> int:
+def block(size: int, most: int) -> int:
     """The largest power of two up to `most` that wastes, on a size, little more than any of 16 and
     above does."""
     most = min(power(most), power(size))
@@ -179,8 +179,8 @@ class Tile(NamedTuple):
 @lru_cache(maxsize=4096)
 def tile(planes: int, rows: int, columns: int, elements: int) -> Tile:
     """The tile of about `elements` lanes that wastes few."""
-    width = _block(columns, min(elements, 256))
-    height = _block(rows, max(1, elements // width))
+    width = block(columns, min(elements, 256))
+    height = block(rows, max(1, elements // width))
     return Tile(min(power(planes), max(1, elements // (width * height))), height, width)
 
 
