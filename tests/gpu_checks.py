@@ -18,7 +18,7 @@ from torch import Tensor
 import torchpool as tp
 from torchpool import reductions
 from torchpool.kernels import gpu, layout, reference
-from torchpool.kernels.gpu import formulas, small
+from torchpool.kernels.gpu import boxes, formulas, small
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ("contiguous", "channels_last")
@@ -41,6 +41,10 @@ LARGE = [  # lanes are taps
     _a("global", (2, 3, 6, 7), 1, 1),
     _a("adaptive large", (1, 2, 9, 14), 1, 2),
     _w("long and dilated", (1, 1, 43), 35, 1, 0, 1),
+    _a("adaptive, not dividing", (2, 3, 13, 17), 2, 3),
+    _a("adaptive volume, not dividing", (1, 2, 5, 11, 13), 2, 2, 3),
+    _w("side by side, padded", (1, 3, 11, 17), (6, 7), (6, 7), (2, 3)),
+    _w("side by side, dilated", (1, 2, 12, 26), (6, 7), (9, 13), (1, 0), (2, 2)),
 ]
 APART = [  # an axis at a time
     _w("6x7/1", (1, 2, 4, 5), (6, 7), 1, 3),
@@ -164,6 +168,17 @@ def large() -> None:
     mask = place(torch.rand(LARGE[1].shape) < 0.2, "contiguous")
     selects(LARGE[1], x, tp.Min(), mask)
     accumulates(LARGE[1], x.abs() + 0.1, tp.LogMeanExp(2.0), mask=mask, per_channel=True)
+
+
+def split() -> None:
+    """Large windows whose parts several programs read."""
+    boxes._STEPS = 1
+    for geometry, form in itertools.product(LARGE, LAYOUTS):
+        for kind in ("special", "ties"):
+            selects(geometry, place(numbers(geometry.shape, 1, kind), form), tp.Max())
+        accumulates(geometry, place(numbers(geometry.shape, 2), form), tp.Mean())
+    worst = torch.full(LARGE[0].shape, -torch.inf)
+    selects(LARGE[0], place(worst, "channels_last"), tp.Max())
 
 
 def apart() -> None:

@@ -29,6 +29,7 @@ GROUPS = (
     "forms",
     "extremes",
     "large",
+    "split",
     "apart",
     "layers",
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchpool.kernels import layout
-from torchpool.kernels.gpu import accumulation, geometry, launching, passes, selection, small
+from torchpool.kernels.gpu import accumulation, boxes, geometry, launching, passes, selection, small
 from torchpool.reductions import Accumulation, Selection
 from torchpool.windows import Axis
 
@@ -44,6 +44,8 @@ def select(
         y, state = select(x.view(torch.uint8), mask, starts, reduction, axes, save)
         return y.view(torch.bool), state
     outs = [axis.out_size for axis in axes]
+    seen = geometry.view(x, axes)
+    plain = mask is None and type(reduction).key is Selection.key
     y = layout.empty_like(x, outs)
     dtype = layout.state_dtype(axes)
     state = layout.empty_like(x, outs, dtype) if save else x.new_empty(0, dtype=dtype)
@@ -51,10 +53,11 @@ def select(
         return y, state
     if x.is_cuda and not save and mask is None and small.prefers_torch(x, reduction, axes):
         small.run(x, reduction, axes, y)
-    elif mask is None and type(reduction).key is Selection.key and passes.serve(x, axes):
+    elif plain and boxes.serve(seen):
+        boxes.select(seen, x, reduction, y, state)
+    elif plain and passes.serve(x, axes):
         passes.select(x, reduction, axes, y, state)
     else:
-        seen = geometry.view(x, axes)
         run = selection.few if seen.taps <= selection.FEW else selection.many
         run(seen, x, None if mask is None else mask.expand(x.shape), reduction, y, state)
     return y, state
@@ -136,6 +139,8 @@ def accumulate(
         problem = _problem(x, x, mask, weights, params, reduction, axes)
         if x.is_cuda and problem.is_bare and small.prefers_torch(x, reduction, axes):
             small.run(x, reduction, axes, y)
+        elif problem.has_closed_form and boxes.serve(problem.seen):
+            boxes.accumulate(problem.seen, x, reduction, y)
         elif problem.has_closed_form and passes.serve(x, axes):
             passes.accumulate(x, reduction, axes, y)
         else:

@@ -982,8 +982,8 @@ def forward(problem: Problem, y: Tensor, saved: Tensor | None, grad: Tensor | No
     arguments = (y if x is None else x, y, *tensors)
     steps = (geometry.mask_strides(mask, seen), geometry.mask_strides(weights, seen))
     if seen.taps <= FEW:
-        shares = reduction.anchor is None and grad is None
-        most = ROWS_OF_A_LANE if shares else 1
+        most = ROWS_OF_A_LANE if reduction.anchor is None else ROWS_OF_A_LANE // 2
+        most = most if grad is None else 1
         owned = geometry.lanes_of_windows(seen, y.element_size(), most)
         spans = list(seen.spans)
         spans[owned.along] = geometry.block_span(seen, owned.along, owned.height)

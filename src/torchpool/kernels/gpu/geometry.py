@@ -179,7 +179,7 @@ def alignment(size: int) -> int:
     return math.gcd(size, _WIDEST)
 
 
-def _block(size: int, most: int) -> int:
+def block(size: int, most: int) -> int:
     """The largest power of two up to `most` that wastes, on a size, little more than any of 16 and
     above does."""
     most = min(power(most), power(size))
@@ -199,8 +199,8 @@ class Tile(NamedTuple):
 @lru_cache(maxsize=4096)
 def tile(planes: int, rows: int, columns: int, elements: int) -> Tile:
     """The tile of about `elements` lanes that wastes few."""
-    width = _block(columns, min(elements, 256))
-    height = _block(rows, max(1, elements // width))
+    width = block(columns, min(elements, 256))
+    height = block(rows, max(1, elements // width))
     return Tile(min(power(planes), max(1, elements // (width * height))), height, width)
 
 
@@ -256,7 +256,7 @@ def lanes(seen: View, columns: int, height: int, item_bytes: int) -> Lanes:
     (at most four where windows are large and registers few)."""
     if not seen.channels_last:
         return Lanes(3, height, THREADS, 1)
-    width = _block(columns, 64)
+    width = block(columns, 64)
     elements = min(_WIDEST // item_bytes, 16 if seen.taps <= 9 else 4)
     return Lanes(2, height, max(1, THREADS * elements // width), width)
 

@@ -33,12 +33,12 @@ _LANES = 2048
 
 
 @triton.jit
-def _larger(v, w):
+def larger(v, w):
     return tl.maximum(v, w, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _smaller(v, w):
+def smaller(v, w):
     return tl.minimum(v, w, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -105,11 +105,11 @@ def scan_kernel(
             b, place_b = tl.associative_scan((b, place_b), 0, _first_smallest)
             value, place = _first_smallest(a, place_a, b, place_b)
     elif KIND == "max":
-        a = tl.associative_scan(a, 0, _larger, reverse=True)
-        value = _larger(a, tl.associative_scan(b, 0, _larger))
+        a = tl.associative_scan(a, 0, larger, reverse=True)
+        value = larger(a, tl.associative_scan(b, 0, larger))
     elif KIND == "min":
-        a = tl.associative_scan(a, 0, _smaller, reverse=True)
-        value = _smaller(a, tl.associative_scan(b, 0, _smaller))
+        a = tl.associative_scan(a, 0, smaller, reverse=True)
+        value = smaller(a, tl.associative_scan(b, 0, smaller))
     else:
         a = tl.associative_scan(a, 0, _sum, reverse=True)
         value = a + tl.associative_scan(b, 0, _sum)

@@ -294,7 +294,7 @@ def few_kernel(
 
 
 @triton.jit
-def _winner(key, offset, taps, LARGEST: tl.constexpr, WORST: tl.constexpr, FLOAT: tl.constexpr):
+def find_winner(key, offset, taps, LARGEST: tl.constexpr, WORST: tl.constexpr, FLOAT: tl.constexpr):
     """Key and offset of the winners along the first axis, whatever the order of its entries;
     entries of offset `taps` hold nothing."""
     if LARGEST:
@@ -348,7 +348,7 @@ def many_kernel(
             best = tl.where(take, v, best)
         key = tl.where(take, k, key)
         offset = tl.where(take, t, offset)
-    top, winner = _winner(key, offset, taps, LARGEST, WORST, FLOAT)
+    top, winner = find_winner(key, offset, taps, LARGEST, WORST, FLOAT)
     seen = winner < taps
     if KEYED:  # the value whose key won stands in the lane that holds the winner's offset
         top = tl.sum(tl.where(seen & (offset == winner), best, 0), 0, keep_dims=True)
