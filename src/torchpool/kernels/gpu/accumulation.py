@@ -609,14 +609,14 @@ def _row_count(
     A1: tl.constexpr = W[1]
     A2: tl.constexpr = W[2]
     A3: tl.constexpr = W[3]
-    number = _axis_count(b0, ins[0], outs[0], kernels[0], A0, PADDED)
-    number = number * _axis_count(b1, ins[1], outs[1], kernels[1], A1, PADDED)
-    number = number * _axis_count(b2, ins[2], outs[2], kernels[2], A2, PADDED)
-    return number * _axis_count(b3, ins[3], outs[3], kernels[3], A3, PADDED)
+    number = axis_count(b0, ins[0], outs[0], kernels[0], A0, PADDED)
+    number = number * axis_count(b1, ins[1], outs[1], kernels[1], A1, PADDED)
+    number = number * axis_count(b2, ins[2], outs[2], kernels[2], A2, PADDED)
+    return number * axis_count(b3, ins[3], outs[3], kernels[3], A3, PADDED)
 
 
 @triton.jit
-def _axis_count(b, size, outs, kernel, A: tl.constexpr, PADDED: tl.constexpr):
+def axis_count(b, size, outs, kernel, A: tl.constexpr, PADDED: tl.constexpr):
     start, stop = start_of(b, size, outs, A), stop_of(b, size, outs, A)
     if PADDED:
         return count_padded(start, stop, kernel, A)
@@ -638,7 +638,7 @@ def _from_output(
         gx = g * FACTOR
     elif CLOSED:
         # 1 / n as the share of a row times the share of a column: one division for each.
-        columns = _axis_count(b4, i4, o4, kernel, A, PADDED)
+        columns = axis_count(b4, i4, o4, kernel, A, PADDED)
         one = tl.zeros([1, 1], WIDE) + 1.0
         gx = g * ((one / tl.maximum(rows, 1)) * (one / tl.maximum(columns, 1)))
     else:
