@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from torchpool.kernels import layout
-from torchpool.kernels.gpu import accumulation, boxes, geometry, launching, passes, selection, small
+from torchpool.kernels.gpu import (
+    accumulation,
+    boxes,
+    geometry,
+    launching,
+    passes,
+    scatter,
+    selection,
+    small,
+    spread,
+)
 from torchpool.reductions import Accumulation, Selection
 from torchpool.windows import Axis
 
@@ -75,7 +85,9 @@ def select_backward(
     if gx.numel() == 0:
         return gx
     seen = geometry.view(gx, axes)
-    if seen.covers > selection.TOGETHER and len(axes) > 1:
+    if scatter.serve(seen):
+        scatter.send_back(seen, grad, state, gx)
+    elif seen.covers > selection.TOGETHER and len(axes) > 1:
         passes.send_back(grad, state, axes, gx)
     else:
         selection.send_back(seen, grad, state, gx)
@@ -170,7 +182,9 @@ def accumulate_backward(
         return like, zeros if needs[1] else empty, gp
     problem = _problem(like, x if x.numel() else None, mask, weights, params, reduction, axes)
     gw = torch.empty_like(like, dtype=problem.compute) if needs[1] else None
-    if needs[0] and problem.has_closed_form and passes.serve(like, axes):
+    if needs[0] and problem.has_closed_form and spread.serve(problem.seen):
+        spread.send_back(problem.seen, grad, reduction, like)
+    elif needs[0] and problem.has_closed_form and passes.serve(like, axes):
         passes.accumulate_back(grad, reduction, axes, like)
     elif needs[0] or needs[1]:
         saved = stats if stats.numel() else _derivatives(problem, grad)

@@ -644,7 +644,7 @@ def _from_plane(
     t1, in1 = cover(a1, b1, i1, o1, A1[0], A1)
     index = b0 * o1 + b1
     sent = live & in0 & in1
-    number = _axis_count(b0, i0, o0, A0[0], A0, PADDED) * _axis_count(b1, i1, o1, A1[0], A1, PADDED)
+    number = axis_count(b0, i0, o0, A0[0], A0, PADDED) * axis_count(b1, i1, o1, A1[0], A1, PADDED)
     if LAST:
         index = index * (o2 * o3 * o4)
         rows, columns, reach, tall, wide = o2, o3, o4, i2, i3
@@ -652,21 +652,21 @@ def _from_plane(
         b2 = last_cover(a2, i2, o2, A2) - m % DEEP
         t2, in2 = cover(a2, b2, i2, o2, A2[0], A2)
         sent = sent & in2
-        number = number * _axis_count(b2, i2, o2, A2[0], A2, PADDED)
+        number = number * axis_count(b2, i2, o2, A2[0], A2, PADDED)
         index = (index * o2 + b2) * (o3 * o4)
         rows, columns, reach, tall, wide = o3, o4, 1, i3, i4
     for d in tl.static_range(FIRST, FINAL + 1):
         there = sent & (r + d < rows)
         if d < 0:
             there = there & (r + d >= 0)
-        row_number = number * _axis_count(r + d, tall, rows, R[0], R, PADDED)
+        row_number = number * axis_count(r + d, tall, rows, R[0], R, PADDED)
         for e in tl.static_range(LEFT, RIGHT + 1):
             valid = there & (q + e < columns)
             if e < 0:
                 valid = valid & (q + e >= 0)
             message = _message(
                 grad, saved, start + (index + (d * columns + e) * reach), outputs, valid,
-                row_number, _axis_count(q + e, wide, columns, Q[0], Q, PADDED),
+                row_number, axis_count(q + e, wide, columns, Q[0], Q, PADDED),
                 FACTOR, CLOSED, ANCHOR, SUMS, TO_WEIGHTS, WIDE,
             )  # fmt: skip
             more = ()
@@ -795,17 +795,17 @@ def _from_row(
     t3, in3 = cover(a3, b3, i3, o3, kernels[3], A3)
     sent = live & in0 & in1 & in2 & in3
     at = base + (((b0 * o1 + b1) * o2 + b2) * o3 + b3) * o4
-    rows = _axis_count(b0, i0, o0, kernels[0], A0, PADDED)
-    rows = rows * _axis_count(b1, i1, o1, kernels[1], A1, PADDED)
-    rows = rows * _axis_count(b2, i2, o2, kernels[2], A2, PADDED)
-    rows = rows * _axis_count(b3, i3, o3, kernels[3], A3, PADDED)
+    rows = axis_count(b0, i0, o0, kernels[0], A0, PADDED)
+    rows = rows * axis_count(b1, i1, o1, kernels[1], A1, PADDED)
+    rows = rows * axis_count(b2, i2, o2, kernels[2], A2, PADDED)
+    rows = rows * axis_count(b3, i3, o3, kernels[3], A3, PADDED)
     h4 = last_cover(a4, i4, o4, A4)
     for k in range(A4[8]):
         b4 = h4 - k
         tap, inside = cover(a4, b4, i4, o4, kernels[4], A4)
         message = _message(
             grad, saved, at + b4, outputs, sent & inside, rows,
-            _axis_count(b4, i4, o4, kernels[4], A4, PADDED),
+            axis_count(b4, i4, o4, kernels[4], A4, PADDED),
             FACTOR, CLOSED, ANCHOR, SUMS, TO_WEIGHTS, WIDE,
         )  # fmt: skip
         gx, gw = _taken(
@@ -817,7 +817,7 @@ def _from_row(
 
 
 @triton.jit
-def _axis_count(b, size, outs, kernel, A: tl.constexpr, PADDED: tl.constexpr):
+def axis_count(b, size, outs, kernel, A: tl.constexpr, PADDED: tl.constexpr):
     start, stop = start_of(b, size, outs, A), stop_of(b, size, outs, A)
     if PADDED:
         return count_padded(start, stop, kernel, A)
