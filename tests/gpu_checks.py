@@ -42,7 +42,7 @@ LARGE = [  # lanes are taps
     _a("adaptive large", (1, 2, 9, 14), 1, 2),
     _w("long and dilated", (1, 1, 43), 35, 1, 0, 1),
     _a("adaptive, not dividing", (2, 3, 13, 17), 2, 3),
-    _a("adaptive volume, not dividing", (1, 2, 5, 11, 13), 2, 2, 3),
+    _a("adaptive volume, not dividing", (1, 2, 3, 7, 9), 2, 2, 2),
     _w("side by side, padded", (1, 3, 11, 17), (6, 7), (6, 7), (2, 3)),
     _w("side by side, dilated", (1, 2, 12, 26), (6, 7), (9, 13), (1, 0), (2, 2)),
 ]
