@@ -52,6 +52,8 @@ APART = [  # an axis at a time
     _w("scanned, strided", (1, 2, 40), 33, 3, 16),
     _w("scanned, one-sided", (1, 1, 2, 20), (2, 18), 1, ((1, 0), (17, 0))),
     _w("4x4x4/1", (1, 1, 2, 3, 3), 4, 1, 2),
+    _w("7x7/1", (1, 2, 9, 8), 7, 1, 3),
+    _w("more windows than a program holds", (1, 2, 1300), 150, 2, 75),
 ]
 
 
@@ -183,8 +185,9 @@ def split() -> None:
 
 def apart() -> None:
     for geometry, form in zip(APART, itertools.cycle(LAYOUTS), strict=False):
-        x = place(numbers(geometry.shape, 1, "special"), form, torch.float32)
-        selects(geometry, x, tp.Max())
+        for kind in ("special", "ties"):
+            x = place(numbers(geometry.shape, 1, kind), form, torch.float32)
+            selects(geometry, x, tp.Max() if kind == "ties" else tp.Min())
         for reduction in (tp.Mean(True), tp.Mean(divisor=3.0)):
             accumulates(geometry, place(numbers(geometry.shape, 2), form), reduction)
 

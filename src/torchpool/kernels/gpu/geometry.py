@@ -252,10 +252,10 @@ def grouped(seen: View, axis: int) -> tuple[int, ...]:
 
 
 def lanes(seen: View, columns: int, height: int, item_bytes: int) -> Lanes:
-    """Lanes of `height` rows. A thread has one, or 16 bytes of channels of a channels-last tensor
-    (at most four where windows are large and registers few)."""
+    """Lanes of `height` rows. A thread has four rows, or as many lanes as have 16 bytes of channels of
+    a channels-last tensor (at most four channels where windows are large and registers few)."""
     if not seen.channels_last:
-        return Lanes(3, height, THREADS, 1)
+        return Lanes(3, height, THREADS * max(1, 4 // height), 1)
     width = block(columns, 64)
     elements = min(_WIDEST // item_bytes, 16 if seen.taps <= 9 else 4)
     return Lanes(2, height, max(1, THREADS * elements // width), width)

@@ -30,6 +30,10 @@ DIRECT = 16
 LONGEST = 1024
 """Windows of one axis that are scanned."""
 _LANES = 2048
+_RUN = 512
+"""Windows of an axis that a program looks at together on the way back."""
+_PROGRAMS = 2048
+"""Programs that keep a GPU busy."""
 
 
 @triton.jit
@@ -136,6 +140,86 @@ def _elements(o, kernel, size, stride, before, after, PADDED: tl.constexpr):
     return tl.maximum(number, 1).to(tl.float32)
 
 
+@triton.jit
+def _send(sum, place, more, next):
+    """Sums of neighbours with the same winner; a negative place sends nothing."""
+    hole = next < 0
+    return (
+        tl.where(hole, sum, tl.where(next == place, sum + more, more)),
+        tl.where(hole, place, next),
+    )
+
+
+@triton.jit
+def _nearest(after, place):
+    """The place of the nearest output that sends something, seen from behind."""
+    return tl.where(place < 0, after, place)
+
+
+@triton.jit
+def runs_kernel(
+    grad, state, gx, rest, columns, inner, size, outs, stride, before, scale,
+    BK: tl.constexpr, BC: tl.constexpr, HOLES: tl.constexpr, KEEP: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sums for every input what the windows that chose it send, along one axis of memory of (outer,
+    size, inner); a program owns BC columns. Along an axis winners never go back, so windows with
+    the same winner follow each other, and the last of them sends the sum of all. HOLES: negative
+    states send nothing. KEEP: below the tap, which counts `scale`, states hold offsets that go to
+    `rest`, which is negative where nothing was sent."""
+    column = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
+    exists = column < columns
+    outer, lane = (column // inner).to(tl.int64), column % inner
+    into = outer * size * inner + lane
+    source = outer * outs * inner + lane
+    i = tl.arange(0, BK)[:, None]
+    for first in range(0, size, BK):
+        at = into + (first + i) * inner
+        inside = exists & (first + i < size)
+        tl.store(gx + at, tl.zeros([BK, BC], gx.dtype.element_ty), mask=inside)
+        if KEEP:
+            tl.store(rest + at, tl.full([BK, BC], -1, rest.dtype.element_ty), mask=inside)
+    tl.debug_barrier()
+    carried = tl.zeros([1, BC], WIDE)
+    last = tl.full([1, BC], -1, tl.int32)
+    below = tl.zeros([1, BC], tl.int32)
+    for first in range(0, outs, BK):
+        o = first + i
+        inside = exists & (o < outs)
+        chosen = tl.load(state + source + o * inner, mask=inside, other=-1).to(tl.int32)
+        place = tl.where(chosen < 0, -1, o * stride - before + chosen // scale)
+        place = tl.where(inside, place, -1)
+        beyond = exists & (o + 1 < outs) & (i + 1 < BK)
+        after = tl.load(state + source + (o + 1) * inner, mask=beyond, other=-1).to(tl.int32)
+        after = tl.where(after < 0, -1, (o + 1) * stride - before + after // scale)
+        after = tl.where(beyond, after, -1)
+        g = tl.load(grad + source + o * inner, mask=inside, other=0).to(WIDE)
+        sum, run = tl.associative_scan((g, place), 0, _send)
+        if HOLES:
+            after = tl.associative_scan(after, 0, _nearest, reverse=True)
+        begin = tl.min(tl.where(place < 0, 2147483647, place), 0, keep_dims=True)
+        done = exists & (last >= 0) & (last < size) & (begin != last) & (begin < 2147483647)
+        tl.store(gx + into + last * inner, carried.to(gx.dtype.element_ty), mask=done)
+        if KEEP:
+            tl.store(rest + into + last * inner, below.to(rest.dtype.element_ty), mask=done)
+        sum += tl.where(run == last, carried, 0)
+        ends = inside & (place >= 0) & (place < size) & (after >= 0) & (after != place)
+        tl.store(gx + into + place * inner, sum.to(gx.dtype.element_ty), mask=ends)
+        if KEEP:
+            own = chosen % scale
+            tl.store(rest + into + place * inner, own.to(rest.dtype.element_ty), mask=ends)
+            final = tl.max(tl.where(place < 0, -1, place * scale + own), 0, keep_dims=True)
+            below = tl.where(final < 0, below, final % scale)
+        top = tl.max(place, 0, keep_dims=True)
+        total = tl.sum(tl.where(i == BK - 1, sum, 0), 0, keep_dims=True)
+        carried = tl.where(top < 0, carried, total)
+        last = tl.where(top < 0, last, top)
+    done = exists & (last >= 0) & (last < size)
+    tl.store(gx + into + last * inner, carried.to(gx.dtype.element_ty), mask=done)
+    if KEEP:
+        tl.store(rest + into + last * inner, below.to(rest.dtype.element_ty), mask=done)
+
+
 class Rows:
     """A dense tensor (N, C, *S) whose axes are pooled one after another, in its memory order."""
 
@@ -233,10 +317,15 @@ def select(x: Tensor, reduction: Selection, axes: Sequence[Axis], y: Tensor, sta
         rows, carried, scale = into, kept, scale * axis.kernel
 
 
+def sends_runs(axes: Sequence[Axis]) -> bool:
+    """Whether along each axis winners never go back."""
+    return all(not axis.is_adaptive and axis.dilation == 1 for axis in axes)
+
+
 def send_back(grad: Tensor, state: Tensor, axes: Sequence[Axis], gx: Tensor) -> None:
     """Gradients of a selection by its inputs: along the first axis first, to the rows that hold the
     winners."""
-    channels_last = layout.is_channels_last(gx)
+    channels_last, runs = layout.is_channels_last(gx), sends_runs(axes)
     sums, states = Rows(grad, channels_last), Rows(state, channels_last)
     pooled = _pooled(axes)
     for i in pooled:
@@ -246,13 +335,34 @@ def send_back(grad: Tensor, state: Tensor, axes: Sequence[Axis], gx: Tensor) -> 
             into, rest = Rows(gx, channels_last), None
         else:
             into = sums.empty(i, axis.in_size, layout.compute_dtype(grad.dtype))
-            rest = states.empty(i, axis.in_size, layout.state_dtype(axes[i + 1 :]))
+            kept = torch.int32 if runs else layout.state_dtype(axes[i + 1 :])
+            rest = states.empty(i, axis.in_size, kept)
         result = into.along(i)
-        selection.send_back(
-            geometry.view(result, [axis]), sums.along(i), states.along(i), result,
-            None if rest is None else rest.along(i), 0 if rest is None else below,
-        )  # fmt: skip
+        offsets = None if rest is None else rest.along(i)
+        if runs:
+            _send_runs(sums.along(i), states.along(i), result, offsets, axis, below, i != pooled[0])
+        else:
+            selection.send_back(
+                geometry.view(result, [axis]), sums.along(i), states.along(i), result, offsets,
+                0 if rest is None else below,
+            )  # fmt: skip
         sums, states = into, rest if rest is not None else states
+
+
+def _send_runs(
+    grad: Tensor, state: Tensor, gx: Tensor, rest: Tensor | None, axis: Axis, scale: int,
+    holes: bool,
+) -> None:  # fmt: skip
+    columns, inner = gx.shape[0] * gx.shape[1], gx.shape[1]
+    rows = min(geometry.power(axis.out_size), _RUN)
+    width = min(2 * _RUN // rows, max(1, geometry.power(columns) // _PROGRAMS))
+    launching.launch(
+        runs_kernel, -(-columns // width), grad,
+        grad, state, gx, state if rest is None else rest, columns, inner, axis.in_size,
+        axis.out_size, axis.stride, axis.before, scale,
+        BK=rows, BC=width, HOLES=holes, KEEP=rest is not None,
+        WIDE=geometry.compute(grad.dtype),
+    )  # fmt: skip
 
 
 def is_linear(reduction: Accumulation) -> bool:
