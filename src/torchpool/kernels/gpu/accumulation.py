@@ -27,6 +27,7 @@ from torchpool.kernels.gpu.geometry import (
     lanes_of,
     last_cover,
     own,
+    reach_of,
     start_of,
     stop_of,
     strided,
@@ -189,8 +190,8 @@ def few_kernel(
     x, y, saved, ps, mask, weights, grad, planes, total, channels, ins, outs, mask_strides,
     weight_strides, divisors,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, V: tl.constexpr, ALONG: tl.constexpr,
-    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONES: tl.constexpr,
-    KEY: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ONES: tl.constexpr, KEY: tl.constexpr,
     TERMS: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr, LEAST: tl.constexpr,
     SLOPES: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr, PARAMETER: tl.constexpr,
     PER_CHANNEL: tl.constexpr, LAST: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -198,10 +199,11 @@ def few_kernel(
     BY_PARAMETER: tl.constexpr, READ: tl.constexpr, FACTOR: tl.constexpr, CLOSED: tl.constexpr,
     WIDE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """A lane owns HEIGHT windows, neighbours along the axis ALONG (2 or 3); V are the spans of
-    single windows, in W stands what they look at together. Every element is read once; without an
-    anchor the sum of a row goes to all windows that see it. The value is the sum times FACTOR where
-    that is known, the sum / n where CLOSED. BY_PARAMETER: writes the parts of dL/dp instead."""
+    """A lane owns HEIGHT windows along the axis ALONG (2 or 3) times WIDTH along the last; V are
+    the spans of single windows, in W stands what they look at together. Every element is read once;
+    without an anchor the sum of a row goes to all windows that see it. The value is the sum times
+    FACTOR where that is known, the sum / n where CLOSED. BY_PARAMETER: writes the parts of dL/dp
+    instead."""
     A0: tl.constexpr = W[0]
     A1: tl.constexpr = W[1]
     A2: tl.constexpr = W[2]
@@ -210,13 +212,16 @@ def few_kernel(
     S: tl.constexpr = V[ALONG]
     SIZE: tl.constexpr = S[0]
     STEP: tl.constexpr = S[1] if HEIGHT > 1 else 0
-    K4: tl.constexpr = A4[0]
+    Q: tl.constexpr = V[4]
+    K4: tl.constexpr = Q[0]
+    LONG: tl.constexpr = A4[0]
+    ASIDE: tl.constexpr = Q[1] if WIDTH > 1 else 0
     DEEP: tl.constexpr = 1 if ALONG == 2 else A2[0]
     OUTER: tl.constexpr = A0[0] * A1[0] * DEEP
     TALL: tl.constexpr = A2[0] if ALONG == 2 else A3[0]
     INNER: tl.constexpr = A3[0] if ALONG == 2 else 1
     PAIRS: tl.constexpr = (
-        A4[1] == 2 and A4[2] == 1 and K4 > 1 and IN % 2 == 0
+        A4[1] > 0 and A4[1] % 2 == 0 and A4[2] == 1 and LONG > 1 and IN % 2 == 0
         and READ and not MASKED and not WEIGHTED and not LAST
     )  # fmt: skip
     ODD: tl.constexpr = A4[3] % 2
@@ -225,8 +230,9 @@ def few_kernel(
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     b2 = tl.cdiv(o2, HEIGHT) if ALONG == 2 else o2
     b3 = tl.cdiv(o3, HEIGHT) if ALONG == 3 else o3
+    b4 = tl.cdiv(o4, WIDTH)
     plane, a0, a1, a2, a3, a4 = lanes_of(
-        o0, o1, b2, b3, o4, divisors, ROWS, COLUMNS, LAST, ONES, INDEX
+        o0, o1, b2, b3, b4, divisors, ROWS, COLUMNS, LAST, ONES, INDEX
     )
     live = plane < planes
     if LAST:
@@ -239,25 +245,30 @@ def few_kernel(
     if PARAMETER:
         channel = (a4 if LAST else c) if PER_CHANNEL else c * 0
         p = tl.load(ps + channel, mask=channel < (o4 if LAST else channels), other=1).to(WIDE)
-    f0, e0 = start_of(a0, i0, o0, A0), stop_of(a0, i0, o0, A0)
-    f1, e1 = start_of(a1, i1, o1, A1), stop_of(a1, i1, o1, A1)
-    f2, e2 = start_of(a2, i2, b2, A2), stop_of(a2, i2, b2, A2)
-    f3, e3 = start_of(a3, i3, b3, A3), stop_of(a3, i3, b3, A3)
-    f4, e4 = start_of(a4, i4, o4, A4), stop_of(a4, i4, o4, A4)
+    f0, e0 = reach_of(a0, i0, o0, divisors[0], divisors[1], A0, INDEX)
+    f1, e1 = reach_of(a1, i1, o1, divisors[2], divisors[3], A1, INDEX)
+    f2, e2 = reach_of(a2, i2, b2, divisors[4], divisors[5], A2, INDEX)
+    f3, e3 = reach_of(a3, i3, b3, divisors[6], divisors[7], A3, INDEX)
+    f4, e4 = reach_of(a4, i4, b4, divisors[8], divisors[9], A4, INDEX)
     nothing = tl.zeros([ROWS, COLUMNS], WIDE)
     none = ()
     for k in tl.static_range(SUMS):
         none = none + (nothing,)
     sums = ()
     numbers = ()
-    for o in tl.static_range(HEIGHT):
+    for k in tl.static_range(HEIGHT * WIDTH):
         sums = sums + (none,)
         numbers = numbers + (nothing,)
+    empty_row = ()
+    empty_count = ()
+    for c in tl.static_range(WIDTH):
+        empty_row = empty_row + (none,)
+        empty_count = empty_count + (nothing,)
     start = source + (((f0 * i1 + f1) * i2 + f2) * i3 + f3) * i4
     line = start + f4
     pair = start
     if PAIRS:
-        pair = start + 2 * a4 + tl.arange(0, 2)[None, :]
+        pair = start + A4[1] * a4 + tl.arange(0, 2)[None, :]
     kept = ()
     for t in tl.static_range(OUTER):
         p0, p1 = f0 + t // (A1[0] * DEEP) * A0[2], f1 + t // DEEP % A1[0] * A1[2]
@@ -277,8 +288,8 @@ def few_kernel(
             else:
                 p3 = f3 + r * A3[2]
                 across = outer & tap_inside(p3, e3, r, A3)
-            row = none
-            count = nothing
+            row = empty_row
+            count = empty_count
             for u in tl.static_range(INNER):
                 here = across
                 if ALONG == 2:
@@ -289,9 +300,10 @@ def few_kernel(
                     below = t % DEEP * A2[2] * i3 + r * A3[2]
                 above = t // (A1[0] * DEEP) * A0[2] * i1 + t // DEEP % A1[0] * A1[2]
                 step = (above * i2 * i3 + below) * i4
+                taps = ()
                 if PAIRS:
-                    for j in tl.static_range(-ODD, K4, 2):  # even addresses
-                        at = 2 * a4 + tl.arange(0, 2)[None, :]
+                    for j in tl.static_range(-ODD, LONG, 2):  # even addresses
+                        at = A4[1] * a4 + tl.arange(0, 2)[None, :]
                         inside = live & here
                         if j < A4[4]:
                             inside = inside & (at >= A4[3] - j)
@@ -300,17 +312,11 @@ def few_kernel(
                         both = tl.load(pair + step + (j - A4[3]), mask=inside, other=0).to(WIDE)
                         sides = tl.split(tl.reshape(both, [ROWS, COLUMNS, 2]))
                         for s in tl.static_range(2):
-                            if j + s >= 0 and j + s < K4:
+                            if j + s >= 0 and j + s < LONG:
                                 valid = here & tap_inside(f4 + (j + s), e4, j + s, A4)
-                                if KEEP:
-                                    kept = kept + ((sides[s], 1.0, valid),)
-                                else:
-                                    row, count = _sums_more(
-                                        sides[s], 1.0, valid, nothing, p, row, count,
-                                        TERMS, EXACT, WIDE,
-                                    )  # fmt: skip
+                                taps = taps + ((sides[s], 1.0, valid),)
                 else:
-                    for j in tl.static_range(K4):
+                    for j in tl.static_range(LONG):
                         p4 = f4 + j * A4[2]
                         v, w, valid = _tap(
                             line + step + j * A4[2], live, here & tap_inside(p4, e4, j, A4),
@@ -318,25 +324,39 @@ def few_kernel(
                             allowed, strided(p0, p1, p2, p3, p4, mask_strides),
                             READ, WEIGHTED, MASKED, WIDE,
                         )  # fmt: skip
-                        if KEEP:
-                            kept = kept + ((v, w, valid),)
-                        else:
-                            row, count = _sums_more(
-                                v, w, valid, nothing, p, row, count, TERMS, EXACT, WIDE
-                            )
+                        taps = taps + ((v, w, valid),)
+                if KEEP:
+                    kept = kept + taps
+                else:
+                    more = ()
+                    counted = ()
+                    for c in tl.static_range(WIDTH):
+                        part = row[c]
+                        number = count[c]
+                        for j in tl.static_range(K4):
+                            tap = taps[c * ASIDE + j]
+                            part, number = _sums_more(
+                                tap[0], tap[1], tap[2], nothing, p, part, number,
+                                TERMS, EXACT, WIDE,
+                            )  # fmt: skip
+                        more = more + (part,)
+                        counted = counted + (number,)
+                    row = more
+                    count = counted
             rows = rows + (row,)
             counts = counts + (count,)
         if not KEEP:
             more = ()
             weighed = ()
             for o in tl.static_range(HEIGHT):
-                window = sums[o]
-                number = numbers[o]
-                for r in tl.static_range(SIZE):
-                    window = _added(window, rows[o * STEP + r])
-                    number += counts[o * STEP + r]
-                more = more + (window,)
-                weighed = weighed + (number,)
+                for c in tl.static_range(WIDTH):
+                    window = sums[o * WIDTH + c]
+                    number = numbers[o * WIDTH + c]
+                    for r in tl.static_range(SIZE):
+                        window = _added(window, rows[o * STEP + r][c])
+                        number += counts[o * STEP + r][c]
+                    more = more + (window,)
+                    weighed = weighed + (number,)
             sums = more
             numbers = weighed
     kernels = (V[0][0], V[1][0], V[2][0], V[3][0], K4)
@@ -344,56 +364,70 @@ def few_kernel(
     base += (
         ((a0 * o1 + a1) * o2 + (a2 * HEIGHT if ALONG == 2 else a2)) * o3
         + (a3 * HEIGHT if ALONG == 3 else a3)
-    ) * o4 + a4
+    ) * o4 + a4 * WIDTH
     for o in tl.static_range(HEIGHT):
-        anchor = nothing + _BEFORE[ANCHOR]
-        window = sums[o]
-        slopes = none
-        number = numbers[o]
-        if KEEP:
-            if ANCHOR:
-                for t in tl.static_range(OUTER):
-                    for r in tl.static_range(SIZE * INNER * K4):
-                        tap = kept[(t * TALL + o * STEP) * (INNER * K4) + r]
-                        anchor, number = _anchor_more(
-                            tap[0], tap[1], tap[2], p, anchor, number, KEY, ANCHOR, WIDE
-                        )
-                if ANCHOR == 2:
-                    anchor = anchor / tl.where(number != 0, number, 1)
-                number = nothing
-            for t in tl.static_range(OUTER):
-                for r in tl.static_range(SIZE * INNER * K4):
-                    tap = kept[(t * TALL + o * STEP) * (INNER * K4) + r]
-                    if BY_PARAMETER:
-                        slopes, _ = _sums_more(
-                            tap[0], tap[1], tap[2], anchor, p, slopes, number, SLOPES, False, WIDE
-                        )
-                    window, number = _sums_more(
-                        tap[0], tap[1], tap[2], anchor, p, window, number, TERMS, EXACT, WIDE
-                    )
         g2 = f2 + o * STEP if ALONG == 2 else f2
         g3 = f3 + o * STEP if ALONG == 3 else f3
-        starts, stops = (f0, f1, g2, g3, f4), (e0, e1, e2, e3, e4)
-        at = base + o * (o3 * o4 if ALONG == 2 else o4)
-        written = live & ((a2 * HEIGHT + o < o2) if ALONG == 2 else (a3 * HEIGHT + o < o3))
-        if FACTOR is not None:
-            tl.store(y + at, (window[0] * FACTOR).to(y.dtype.element_ty), mask=written)
-        elif CLOSED:
-            m = tl.maximum(_count(starts, stops, kernels, V, PADDED), 1)
-            tl.store(y + at, (window[0] / m).to(y.dtype.element_ty), mask=written)
-        else:
-            if not MASKED and not WEIGHTED:
-                number = nothing + _count(starts, stops, kernels, V, False)
-            m = _divisor(number, starts, stops, kernels, V, PADDED, DIVISOR, WIDE)
-            if BY_PARAMETER:
-                _put_by_parameter(
-                    y, grad, at, written, number, m, window, slopes, anchor, p, GRAD, LEAST, WIDE
-                )
+        stops = (e0, e1, e2, e3, e4)
+        inside = live & ((a2 * HEIGHT + o < o2) if ALONG == 2 else (a3 * HEIGHT + o < o3))
+        for c in tl.static_range(WIDTH):
+            starts = (f0, f1, g2, g3, f4 + c * ASIDE)
+            at = base + (o * (o3 * o4 if ALONG == 2 else o4) + c)
+            written = inside
+            if WIDTH > 1:
+                written = written & (a4 * WIDTH + c < o4)
+            window = sums[o * WIDTH + c]
+            if FACTOR is not None:
+                tl.store(y + at, (window[0] * FACTOR).to(y.dtype.element_ty), mask=written)
+            elif CLOSED:
+                m = tl.maximum(_count(starts, stops, kernels, V, PADDED), 1)
+                tl.store(y + at, (window[0] / m).to(y.dtype.element_ty), mask=written)
             else:
-                _put(
-                    y, saved, at, written, total, number, m, window, anchor, p,
-                    FINISH, GRAD, LEAST, SAVE, DIVISOR,
-                )  # fmt: skip
+                anchor = nothing + _BEFORE[ANCHOR]
+                slopes = none
+                number = numbers[o * WIDTH + c]
+                if ANCHOR:
+                    for t in tl.static_range(OUTER):
+                        for r in tl.static_range(SIZE * INNER):
+                            for j in tl.static_range(K4):
+                                tap = kept[
+                                    ((t * TALL + o * STEP) * INNER + r) * LONG + c * ASIDE + j
+                                ]
+                                anchor, number = _anchor_more(
+                                    tap[0], tap[1], tap[2], p, anchor, number, KEY, ANCHOR, WIDE
+                                )
+                    if ANCHOR == 2:
+                        anchor = anchor / tl.where(number != 0, number, 1)
+                    number = nothing
+                if KEEP:
+                    for t in tl.static_range(OUTER):
+                        for r in tl.static_range(SIZE * INNER):
+                            for j in tl.static_range(K4):
+                                tap = kept[
+                                    ((t * TALL + o * STEP) * INNER + r) * LONG + c * ASIDE + j
+                                ]
+                                if BY_PARAMETER:
+                                    slopes, _ = _sums_more(
+                                        tap[0], tap[1], tap[2], anchor, p, slopes, number,
+                                        SLOPES, False, WIDE,
+                                    )  # fmt: skip
+                                window, number = _sums_more(
+                                    tap[0], tap[1], tap[2], anchor, p, window, number,
+                                    TERMS, EXACT, WIDE,
+                                )  # fmt: skip
+                if not MASKED and not WEIGHTED:
+                    number = nothing + _count(starts, stops, kernels, V, False)
+                m = _divisor(number, starts, stops, kernels, V, PADDED, DIVISOR, WIDE)
+                if BY_PARAMETER:
+                    _put_by_parameter(
+                        y, grad, at, written, number, m, window, slopes, anchor, p,
+                        GRAD, LEAST, WIDE,
+                    )  # fmt: skip
+                else:
+                    _put(
+                        y, saved, at, written, total, number, m, window, anchor, p,
+                        FINISH, GRAD, LEAST, SAVE, DIVISOR,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -512,27 +546,26 @@ def near_kernel(
     grad, x, gx, gw, saved, ps, mask, weights, planes, outputs, channels, ins, outs,
     mask_strides, weight_strides, divisors,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, ALONG: tl.constexpr,
-    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONES: tl.constexpr,
-    OUTER: tl.constexpr,
-    UNROLL: tl.constexpr, TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ONES: tl.constexpr, OUTER: tl.constexpr, UNROLL: tl.constexpr,
+    TERMS: tl.constexpr, SLOPES: tl.constexpr, FACTOR: tl.constexpr,
     CLOSED: tl.constexpr, LINEAR: tl.constexpr, ANCHOR: tl.constexpr, SUMS: tl.constexpr,
     PARAMETER: tl.constexpr, PER_CHANNEL: tl.constexpr, LAST: tl.constexpr, MASKED: tl.constexpr,
     WEIGHTED: tl.constexpr, PADDED: tl.constexpr, TO_X: tl.constexpr, TO_WEIGHTS: tl.constexpr,
     WIDE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """A lane owns HEIGHT inputs along the axis ALONG times a stride of the next axis, whose windows
+    """A lane owns HEIGHT inputs along the axis ALONG times WIDTH along the next one, whose windows
     have places that are known when this is compiled; along the axes before it windows are
     searched. Each output is read once. The derivatives of the values are FACTOR where they are the
     same everywhere, 1 / n where CLOSED, else read from `saved`."""
     R: tl.constexpr = W[ALONG]
     Q: tl.constexpr = W[ALONG + 1]
-    SIDE: tl.constexpr = Q[1]
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     if LAST:
-        s2, s3, s4 = tl.cdiv(i2, HEIGHT), tl.cdiv(i3, SIDE), i4
+        s2, s3, s4 = tl.cdiv(i2, HEIGHT), tl.cdiv(i3, WIDTH), i4
     else:
-        s2, s3, s4 = i2, tl.cdiv(i3, HEIGHT), tl.cdiv(i4, SIDE)
+        s2, s3, s4 = i2, tl.cdiv(i3, HEIGHT), tl.cdiv(i4, WIDTH)
     plane, a0, a1, a2, a3, a4 = lanes_of(
         i0, i1, s2, s3, s4, divisors, ROWS, COLUMNS, LAST, ONES, INDEX
     )
@@ -541,13 +574,13 @@ def near_kernel(
     start = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4)
     if LAST:
         live = live & (a4 < s4)
-        r, q, tall, wide = a2 * (HEIGHT // R[1]), a3, i2, i3
-        first, second = a2 * HEIGHT, a3 * SIDE
+        r, q, tall, wide = a2 * (HEIGHT // R[1]), a3 * (WIDTH // Q[1]), i2, i3
+        first, second = a2 * HEIGHT, a3 * WIDTH
         at += (((a0 * i1 + a1) * i2 + first) * i3 + second) * i4 + a4
         start += (r * o3 + q) * o4 + a4
     else:
-        r, q, tall, wide = a3 * (HEIGHT // R[1]), a4, i3, i4
-        first, second = a3 * HEIGHT, a4 * SIDE
+        r, q, tall, wide = a3 * (HEIGHT // R[1]), a4 * (WIDTH // Q[1]), i3, i4
+        first, second = a3 * HEIGHT, a4 * WIDTH
         at += (((a0 * i1 + a1) * i2 + a2) * i3 + first) * i4 + second
         start += r * o4 + q
     line = i3 * i4 if LAST else i4
@@ -561,7 +594,7 @@ def near_kernel(
     received = ()
     weighing = ()
     for u in tl.static_range(HEIGHT):
-        for s in tl.static_range(SIDE):
+        for s in tl.static_range(WIDTH):
             v = tl.zeros([1, 1], WIDE)
             if not LINEAR or TO_WEIGHTS:
                 inside = live & (first + u < tall) & (second + s < wide)
@@ -573,29 +606,29 @@ def near_kernel(
         for m in tl.static_range(OUTER):
             received, weighing = _from_plane(
                 m, grad, saved, start, outputs, live, a0, a1, a2, r, q, values, p,
-                received, weighing, ins, outs, IN, OUT, W, R, Q, HEIGHT, SIDE, TERMS, SLOPES,
+                received, weighing, ins, outs, IN, OUT, W, R, Q, HEIGHT, WIDTH, TERMS, SLOPES,
                 FACTOR, CLOSED, ANCHOR, SUMS, LAST, PADDED, TO_WEIGHTS, WIDE,
             )  # fmt: skip
     else:
         for m in range(OUTER):
             received, weighing = _from_plane(
                 m, grad, saved, start, outputs, live, a0, a1, a2, r, q, values, p,
-                received, weighing, ins, outs, IN, OUT, W, R, Q, HEIGHT, SIDE, TERMS, SLOPES,
+                received, weighing, ins, outs, IN, OUT, W, R, Q, HEIGHT, WIDTH, TERMS, SLOPES,
                 FACTOR, CLOSED, ANCHOR, SUMS, LAST, PADDED, TO_WEIGHTS, WIDE,
             )  # fmt: skip
     weight = weights + n * weight_strides[0] + c * weight_strides[1]
     allowed = mask + n * mask_strides[0] + c * mask_strides[1]
     for u in tl.static_range(HEIGHT):
         here = live & (first + u < tall)
-        if SIDE == 2 and not LAST and IN % 2 == 0 and not MASKED and not WEIGHTED:
+        if WIDTH == 2 and not LAST and IN % 2 == 0 and not MASKED and not WEIGHTED:
             both = tl.reshape(tl.join(received[2 * u], received[2 * u + 1]), [ROWS, 2 * COLUMNS])
             pair = gx + at + u * line + tl.arange(0, 2)[None, :]
             tl.store(pair, both.to(gx.dtype.element_ty), mask=here & (second < wide))
         else:
-            for s in tl.static_range(SIDE):
+            for s in tl.static_range(WIDTH):
                 written = here & (second + s < wide)
                 takes_part = written
-                total = received[u * SIDE + s]
+                total = received[u * WIDTH + s]
                 if LAST:
                     p2, p3, p4 = first + u, second + s, a4
                 else:
@@ -614,7 +647,7 @@ def near_kernel(
                         total = tl.where(takes_part, total, 0)
                     tl.store(gx + to, total.to(gx.dtype.element_ty), mask=written)
                 if TO_WEIGHTS:
-                    total = tl.where(takes_part, weighing[u * SIDE + s], 0)
+                    total = tl.where(takes_part, weighing[u * WIDTH + s], 0)
                     tl.store(gw + to, total, mask=written)
 
 
@@ -982,11 +1015,12 @@ def forward(problem: Problem, y: Tensor, saved: Tensor | None, grad: Tensor | No
     arguments = (y if x is None else x, y, *tensors)
     steps = (geometry.mask_strides(mask, seen), geometry.mask_strides(weights, seen))
     if seen.taps <= FEW:
-        most = ROWS_OF_A_LANE if reduction.anchor is None else ROWS_OF_A_LANE // 2
-        most = most if grad is None else 1
-        owned = geometry.lanes_of_windows(seen, y.element_size(), most)
+        most = (ROWS_OF_A_LANE, 2) if reduction.anchor is None else (ROWS_OF_A_LANE // 2, 1)
+        most = most if grad is None else (1, 1)
+        owned = geometry.lanes_of_windows(seen, y.element_size(), *most)
         spans = list(seen.spans)
         spans[owned.along] = geometry.block_span(seen, owned.along, owned.height)
+        spans[4] = geometry.block_span(seen, 4, owned.width)
         deal = geometry.dealt(seen.planes, seen.outs, owned, seen.channels_last)
         launching.launch(
             few_kernel, deal.programs, y,
@@ -1027,8 +1061,7 @@ def backward(
     most = ROWS_OF_A_LANE if reduction.linear else 2
     owned = geometry.lanes_of_inputs(seen, grad.element_size(), most)
     if owned is not None:
-        sides = geometry.grouped(seen, owned.along + 1)
-        deal = geometry.dealt(seen.planes, sides, owned, seen.channels_last)
+        deal = geometry.dealt(seen.planes, seen.ins, owned, seen.channels_last)
         outer = math.prod(span.covers for span in seen.spans[: owned.along])
         launching.launch(
             near_kernel, deal.programs, grad, grad, *tensors, *sizes, *steps, deal.divisors,

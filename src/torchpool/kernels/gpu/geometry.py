@@ -213,52 +213,60 @@ def programs(planes: int, sizes: tuple[int, ...], owned: Tile) -> int:
 
 
 class Lanes(NamedTuple):
-    """How the positions of all planes are dealt out: a lane owns `height` neighbours along one
-    axis, a program `rows` lanes times as many columns."""
+    """How the positions of all planes are dealt out: a lane owns `height` neighbours along one axis
+    times `width` beside them, a program `rows` lanes times as many columns."""
 
     along: int
     height: int
+    beside: int
+    width: int
     rows: int
     columns: int
     """Channels of a channels-last tensor; 1 where lanes run along the columns, too."""
 
 
-def lanes_of_windows(seen: View, item_bytes: int, most: int) -> Lanes:
-    """Lanes that own up to `most` windows; with channels last a thread has 16 bytes of channels."""
+def lanes_of_windows(seen: View, item_bytes: int, tall: int, wide: int) -> Lanes:
+    """Lanes that own up to `tall` windows, and of contiguous planes up to `wide` beside them."""
     along = 2 if seen.channels_last else 3
-    span, outs = seen.spans[along], seen.outs[along]
-    if span.stride == 0 or span.dilation > 1:
-        most = 1
-    height = min(most if seen.taps <= 25 else most // 2, power(outs)) or 1
-    return lanes(seen, seen.outs[-1], height, item_bytes)
+    tall = _together(seen, along, tall if seen.taps <= 25 else tall // 2)
+    wide = 1 if seen.channels_last or seen.spans[4].stride > 2 else _together(seen, 4, wide)
+    return lanes(seen, seen.outs[-1], tall, 4, wide, item_bytes)
+
+
+def _together(seen: View, axis: int, most: int) -> int:
+    """How many neighbouring windows of an axis share what they read."""
+    span = seen.spans[axis]
+    regular = span.stride > 0 and span.dilation == 1
+    return max(1, min(most, power(seen.outs[axis]))) if regular else 1
 
 
 def lanes_of_inputs(seen: View, item_bytes: int, most: int) -> Lanes | None:
-    """Lanes that own about `most` inputs of a column, whole strides, and a stride of the next axis;
-    None where windows along the two are not regular, or too large to be unrolled."""
+    """Lanes that own about `most` inputs of a column, and neighbours along the next axis: whole
+    strides of both. None where windows along the two are not regular, or too large to unroll."""
     along = 2 if seen.channels_last else 3
     span, beside = seen.spans[along : along + 2]
     if not all(s.stride > 0 and s.dilation == 1 for s in (span, beside)):
         return None
     if span.kernel * beside.kernel > _UNROLLED or span.stride * beside.stride > _WIDEST:
         return None
+    wide = 2
+    if seen.channels_last:  # a lane has registers for few
+        wide, most = 1, min(most, 2 * item_bytes // beside.stride)
     height = span.stride * max(1, min(most, power(seen.ins[along])) // span.stride)
-    return lanes(seen, seen.ins[-1], height, item_bytes)
+    width = beside.stride * max(1, min(wide, power(seen.ins[along + 1])) // beside.stride)
+    return lanes(seen, seen.ins[-1], height, along + 1, width, item_bytes)
 
 
-def grouped(seen: View, axis: int) -> tuple[int, ...]:
-    """Sizes of the inputs, one of them counted in strides of its windows."""
-    return in_blocks(seen.ins, axis, seen.spans[axis].stride)
-
-
-def lanes(seen: View, columns: int, height: int, item_bytes: int) -> Lanes:
-    """Lanes of `height` rows. A thread has four rows, or as many lanes as have 16 bytes of channels of
-    a channels-last tensor (at most four channels where windows are large and registers few)."""
+def lanes(seen: View, columns: int, height: int, beside: int, width: int, item_bytes: int) -> Lanes:
+    """Lanes of `height` times `width` positions. A thread has at least four positions, or as many
+    lanes as have 16 bytes of channels of a channels-last tensor (at most four channels where
+    windows are large and registers few)."""
     if not seen.channels_last:
-        return Lanes(3, height, THREADS * max(1, 4 // height), 1)
-    width = block(columns, 64)
+        return Lanes(3, height, beside, width, THREADS * max(1, 4 // (height * width)), 1)
+    channels = block(columns, 64)
     elements = min(_WIDEST // item_bytes, 16 if seen.taps <= 9 else 4)
-    return Lanes(2, height, max(1, THREADS * elements // width), width)
+    rows = max(1, THREADS * elements // channels)
+    return Lanes(2, height, beside, width, rows, channels)
 
 
 class Deal(NamedTuple):
@@ -274,11 +282,13 @@ class Deal(NamedTuple):
 def dealt(planes: int, sizes: tuple[int, ...], owned: Lanes, channels_last: bool) -> Deal:
     """The programs whose lanes own these positions."""
     blocks = in_blocks(sizes, owned.along, owned.height)
+    blocks = in_blocks(blocks, owned.beside, owned.width)
     columns = blocks[-1] if channels_last else 1
     total = planes * math.prod(blocks) // columns
     constants = {
         "ALONG": owned.along,
         "HEIGHT": owned.height,
+        "WIDTH": owned.width,
         "ROWS": owned.rows,
         "COLUMNS": owned.columns,
         "ONES": tuple(size == 1 for size in blocks),
@@ -469,6 +479,20 @@ def stop_of(o, size, outs, A: tl.constexpr):
         return (((o + 1).to(tl.int64) * size + outs - 1) // outs).to(tl.int32)
     else:
         return ((o + 1) * size + outs - 1) // outs
+
+
+@triton.jit
+def reach_of(o, size, outs, multiplier, shift, A: tl.constexpr, INDEX: tl.constexpr):
+    """First position of window o and the end of what it may read; the numbers are the `divisor` of
+    `outs`, which spares adaptive windows their divisions."""
+    if A[1] == 0 and not A[7] and INDEX == tl.uint32:
+        begin = (o * size).to(tl.uint32)
+        end = ((o + 1) * size + (outs - 1)).to(tl.uint32)
+        begin, _ = split_by(begin, outs, multiplier, shift, False, INDEX)
+        end, _ = split_by(end, outs, multiplier, shift, False, INDEX)
+        return begin.to(tl.int32), end.to(tl.int32)
+    else:
+        return start_of(o, size, outs, A), stop_of(o, size, outs, A)
 
 
 @triton.jit

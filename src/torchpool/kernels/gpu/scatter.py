@@ -18,20 +18,24 @@ from torch import Tensor
 from torchpool.kernels.gpu import geometry, launching
 from torchpool.kernels.gpu.boxes import boxes
 from torchpool.kernels.gpu.geometry import View, start_of
+from torchpool.kernels.gpu.selection import FEW
 
 _INPUTS = 4096
 """Inputs that a program fills."""
 _LANES = 512
 _COVERS = 8
+_PLANES = 256
+"""Planes that are worth a program each, however large they are."""
 _SPARSE = 8
 """Inputs per output from which on zeros are most of the work."""
 
 
 @lru_cache(maxsize=4096)
 def serve(seen: View) -> bool:
-    """Whether planes are contiguous, and windows few and hardly overlap."""
-    few = _SPARSE * math.prod(seen.outs) <= math.prod(seen.ins)
-    return few and not seen.channels_last and seen.covers <= _COVERS and seen.regular
+    """Whether planes are contiguous and enough, and windows large, few, and hardly overlap."""
+    few = _SPARSE * math.prod(seen.outs) <= math.prod(seen.ins) and seen.taps > FEW
+    many = seen.planes >= _PLANES or math.prod(seen.ins) <= _INPUTS
+    return few and many and not seen.channels_last and seen.covers <= _COVERS and seen.regular
 
 
 @triton.jit

@@ -26,8 +26,7 @@ from torchpool.kernels.gpu.geometry import (
     lanes_of,
     last_cover,
     own,
-    start_of,
-    stop_of,
+    reach_of,
     strided,
     tap_inside,
     taps_of,
@@ -87,32 +86,37 @@ def _join(
 @triton.jit
 def few_kernel(
     x, y, state, mask, carried, planes, channels, ins, outs, mask_strides, divisors,
-    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, S: tl.constexpr, ALONG: tl.constexpr,
-    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONES: tl.constexpr,
-    KEY: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, V: tl.constexpr, ALONG: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ONES: tl.constexpr, KEY: tl.constexpr,
     LARGEST: tl.constexpr, WORST: tl.constexpr, FLOAT: tl.constexpr, SAVE: tl.constexpr,
     MASKED: tl.constexpr, CARRY: tl.constexpr, TRACK: tl.constexpr, REGULAR: tl.constexpr,
     LAST: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """A lane owns HEIGHT windows, neighbours along the axis ALONG (2 or 3) whose span is S; in W
-    stands what they look at together. Every row of theirs is read once, and what is found in it
-    goes to all windows that see it. With CARRY every tap brings an offset of its own (`carried`, of
-    x's shape), to which the tap is added CARRY times. TRACK remembers whether a tap took part;
-    without it, taps outside the input hold the worst value."""
+    """A lane owns HEIGHT windows along the axis ALONG (2 or 3) times WIDTH along the last; V are
+    the spans of single windows, in W stands what they look at together. Every element is read once,
+    and what is found in a row goes to all windows that see it. With CARRY every tap brings an
+    offset of its own (`carried`, of x's shape), to which the tap is added CARRY times. TRACK
+    remembers whether a tap took part; without it, taps outside the input hold the worst value."""
     A0: tl.constexpr = W[0]
     A1: tl.constexpr = W[1]
     A2: tl.constexpr = W[2]
     A3: tl.constexpr = W[3]
     A4: tl.constexpr = W[4]
+    S: tl.constexpr = V[ALONG]
+    Q: tl.constexpr = V[4]
     K2: tl.constexpr = S[0] if ALONG == 2 else A2[0]
     K3: tl.constexpr = S[0] if ALONG == 3 else A3[0]
-    K4: tl.constexpr = A4[0]
+    K4: tl.constexpr = Q[0]
+    LONG: tl.constexpr = A4[0]
+    ASIDE: tl.constexpr = Q[1] if WIDTH > 1 else 0
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     b2 = tl.cdiv(o2, HEIGHT) if ALONG == 2 else o2
     b3 = tl.cdiv(o3, HEIGHT) if ALONG == 3 else o3
+    b4 = tl.cdiv(o4, WIDTH)
     plane, a0, a1, a2, a3, a4 = lanes_of(
-        o0, o1, b2, b3, o4, divisors, ROWS, COLUMNS, LAST, ONES, INDEX
+        o0, o1, b2, b3, b4, divisors, ROWS, COLUMNS, LAST, ONES, INDEX
     )
     live = plane < planes
     if LAST:
@@ -122,35 +126,41 @@ def few_kernel(
     if MASKED:
         n, c = plane // channels, plane % channels
         allowed = mask + n.to(tl.int64) * mask_strides[0] + c.to(tl.int64) * mask_strides[1]
-    f0, e0 = start_of(a0, i0, o0, A0), stop_of(a0, i0, o0, A0)
-    f1, e1 = start_of(a1, i1, o1, A1), stop_of(a1, i1, o1, A1)
-    f2, e2 = start_of(a2, i2, b2, A2), stop_of(a2, i2, b2, A2)
-    f3, e3 = start_of(a3, i3, b3, A3), stop_of(a3, i3, b3, A3)
-    f4, e4 = start_of(a4, i4, o4, A4), stop_of(a4, i4, o4, A4)
+    f0, e0 = reach_of(a0, i0, o0, divisors[0], divisors[1], A0, INDEX)
+    f1, e1 = reach_of(a1, i1, o1, divisors[2], divisors[3], A1, INDEX)
+    f2, e2 = reach_of(a2, i2, b2, divisors[4], divisors[5], A2, INDEX)
+    f3, e3 = reach_of(a3, i3, b3, divisors[6], divisors[7], A3, INDEX)
+    f4, e4 = reach_of(a4, i4, b4, divisors[8], divisors[9], A4, INDEX)
     # The winner of a row: from its first tap where that lies inside, else from the worst value.
     INSIDE: tl.constexpr = A4[4] == 0 and (ALONG == 3 or A3[4] == 0) and not TRACK
     nothing = tl.full([ROWS, COLUMNS], WORST, WIDE)
     nowhere = tl.zeros([ROWS, COLUMNS], tl.int32)
-    begin = nowhere
-    if SAVE and not TRACK and not INSIDE:
-        begin += first_tap(f4, A4)
-        if ALONG == 2:
-            begin += first_tap(f3, A3) * K4
+    values = ()
+    begin = ()
+    for c in tl.static_range(WIDTH):
+        code = nowhere
+        if SAVE and not TRACK and not INSIDE:
+            code += first_tap(f4 + c * ASIDE, A4)
+            if ALONG == 2:
+                code += first_tap(f3, A3) * K4
+        values = values + (nothing,)
+        begin = begin + (code,)
     best = ()
     key = ()
     offset = ()
     found = ()
     for o in tl.static_range(HEIGHT):
-        best = best + (nothing,)
-        key = key + (nothing,)
-        found = found + (tl.zeros([ROWS, COLUMNS], tl.int1),)
-        if SAVE and not TRACK:  # a window of the worst value has the offset of its first element
-            t2 = first_tap(f2 + o * S[1], S) if ALONG == 2 else first_tap(f2, A2)
-            t3 = first_tap(f3, A3) if ALONG == 2 else first_tap(f3 + o * S[1], S)
-            rows = ((first_tap(f0, A0) * A1[0] + first_tap(f1, A1)) * K2 + t2) * K3 + t3
-            offset = offset + (nowhere + rows * K4 + first_tap(f4, A4),)
-        else:
-            offset = offset + (nowhere,)
+        for c in tl.static_range(WIDTH):
+            best = best + (nothing,)
+            key = key + (nothing,)
+            found = found + (tl.zeros([ROWS, COLUMNS], tl.int1),)
+            if SAVE and not TRACK:  # a window of the worst value: the offset of its first element
+                t2 = first_tap(f2 + o * S[1], S) if ALONG == 2 else first_tap(f2, A2)
+                t3 = first_tap(f3, A3) if ALONG == 2 else first_tap(f3 + o * S[1], S)
+                rows = ((first_tap(f0, A0) * A1[0] + first_tap(f1, A1)) * K2 + t2) * K3 + t3
+                offset = offset + (nowhere + rows * K4 + first_tap(f4 + c * ASIDE, A4),)
+            else:
+                offset = offset + (nowhere,)
     DEEP: tl.constexpr = 1 if ALONG == 2 else K2
     OUTER: tl.constexpr = A0[0] * A1[0] * DEEP
     TALL: tl.constexpr = A2[0] if ALONG == 2 else A3[0]
@@ -160,14 +170,15 @@ def few_kernel(
     ODD: tl.constexpr = A4[3] % 2
     KNOWN: tl.constexpr = A0[4] + A1[4] + A2[4] + A3[4] + A4[4] == 0 and not TRACK
     PAIRS: tl.constexpr = (
-        A4[1] == 2 and A4[2] == 1 and K4 > 1 and IN % 2 == 0 and not TRACK and not LAST
-    )
+        A4[1] > 0 and A4[1] % 2 == 0 and A4[2] == 1 and LONG > 1 and IN % 2 == 0
+        and not TRACK and not LAST
+    )  # fmt: skip
     # Addresses go from pointer to pointer by steps that all lanes share: constants cost nothing.
     start = source + (((f0 * i1 + f1) * i2 + f2) * i3 + f3) * i4
     line = start + f4
     pair = start
     if PAIRS:
-        pair = start + 2 * a4 + tl.arange(0, 2)[None, :]
+        pair = start + A4[1] * a4 + tl.arange(0, 2)[None, :]
     bring = payload + ((((f0 * i1 + f1) * i2 + f2) * i3 + f3) * i4 + f4)
     for t in tl.static_range(OUTER):
         p0, p1 = f0 + t // (A1[0] * DEEP) * A0[2], f1 + t // DEEP % A1[0] * A1[2]
@@ -185,8 +196,8 @@ def few_kernel(
             else:
                 p3 = f3 + r * A3[2]
                 across = outer & tap_inside(p3, e3, r, A3)
-            value = nothing
-            code = begin
+            winners = values
+            places = begin
             for u in tl.static_range(INNER):
                 here = across
                 if ALONG == 2:
@@ -197,9 +208,10 @@ def few_kernel(
                     below = t % DEEP * A2[2] * i3 + r * A3[2]
                 above = t // (A1[0] * DEEP) * A0[2] * i1 + t // DEEP % A1[0] * A1[2]
                 step = (above * i2 * i3 + below) * i4
+                taps = ()
                 if PAIRS:
-                    for j in tl.static_range(-ODD, K4, 2):  # even addresses
-                        at = 2 * a4 + tl.arange(0, 2)[None, :]
+                    for j in tl.static_range(-ODD, LONG, 2):  # even addresses
+                        at = A4[1] * a4 + tl.arange(0, 2)[None, :]
                         inside = here
                         if j < A4[4]:
                             inside = inside & (at >= A4[3] - j)
@@ -208,15 +220,11 @@ def few_kernel(
                         v = tl.load(pair + step + (j - A4[3]), mask=inside, other=WORST)
                         even, odd = tl.split(tl.reshape(v.to(WIDE), [ROWS, COLUMNS, 2]))
                         if j >= 0:
-                            value, code = _join(
-                                value, code, even, j, LARGEST, FLOAT, SAVE, INSIDE and j == 0
-                            )
-                        if j + 1 < K4:
-                            value, code = _join(
-                                value, code, odd, j + 1, LARGEST, FLOAT, SAVE, INSIDE and j == -1
-                            )
+                            taps = taps + (even,)
+                        if j + 1 < LONG:
+                            taps = taps + (odd,)
                 else:
-                    for j in tl.static_range(K4):
+                    for j in tl.static_range(LONG):
                         p4 = f4 + j * A4[2]
                         valid = here & tap_inside(p4, e4, j, A4)
                         if MASKED:
@@ -242,55 +250,71 @@ def few_kernel(
                             key = (tl.where(take, k, key[0]),)
                             offset = (tl.where(take, tap, offset[0]),)
                             found = (found[0] | valid,)
-                        else:
+                        taps = taps + (v,)
+                if not TRACK:
+                    more = ()
+                    codes_of = ()
+                    for c in tl.static_range(WIDTH):
+                        value = winners[c]
+                        code = places[c]
+                        for j in tl.static_range(K4):
                             value, code = _join(
-                                value, code, v, u * K4 + j, LARGEST, FLOAT, SAVE,
-                                INSIDE and u + j == 0,
+                                value, code, taps[c * ASIDE + j], u * K4 + j,
+                                LARGEST, FLOAT, SAVE, INSIDE and u + j == 0,
                             )  # fmt: skip
-            rows = rows + (value,)
-            codes = codes + (code,)
+                        more = more + (value,)
+                        codes_of = codes_of + (code,)
+                    winners = more
+                    places = codes_of
+            rows = rows + (winners,)
+            codes = codes + (places,)
         if not TRACK:
             more = ()
             places = ()
             for o in tl.static_range(HEIGHT):
-                value = best[o]
-                code = offset[o]
-                for r in tl.static_range(SIZE):
-                    value, code = _join(
-                        value, code, rows[o * STEP + r],
-                        codes[o * STEP + r] + (t * S[0] + r) * (INNER * K4),
-                        LARGEST, FLOAT, SAVE, KNOWN and t + r == 0,
-                    )  # fmt: skip
-                more = more + (value,)
-                places = places + (code,)
+                for c in tl.static_range(WIDTH):
+                    value = best[o * WIDTH + c]
+                    code = offset[o * WIDTH + c]
+                    for r in tl.static_range(SIZE):
+                        value, code = _join(
+                            value, code, rows[o * STEP + r][c],
+                            codes[o * STEP + r][c] + (t * S[0] + r) * (INNER * K4),
+                            LARGEST, FLOAT, SAVE, KNOWN and t + r == 0,
+                        )  # fmt: skip
+                    more = more + (value,)
+                    places = places + (code,)
             best = more
             offset = places
     base = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4)
     q2 = a2 * HEIGHT if ALONG == 2 else a2
     q3 = a3 * HEIGHT if ALONG == 3 else a3
-    base += (((a0 * o1 + a1) * o2 + q2) * o3 + q3) * o4 + a4
+    base += (((a0 * o1 + a1) * o2 + q2) * o3 + q3) * o4 + a4 * WIDTH
     to = y + base
     also = state + base
     for o in tl.static_range(HEIGHT):
         q2 = a2 * HEIGHT + o if ALONG == 2 else a2
         q3 = a3 * HEIGHT + o if ALONG == 3 else a3
-        value = best[o]
-        code = offset[o]
-        if not REGULAR and not TRACK:
-            if ALONG == 2:
-                number = count_inside(f2 + o * S[1], e2, K2, S) * count_inside(f3, e3, K3, A3)
-            else:
-                number = count_inside(f2, e2, K2, A2) * count_inside(f3 + o * S[1], e3, K3, S)
-            number = number * count_inside(f0, e0, A0[0], A0) * count_inside(f1, e1, A1[0], A1)
-            filled = live & (number * count_inside(f4, e4, K4, A4) > 0)
-            value, code = tl.where(filled, value, 0), tl.where(filled, code, 0)
-        if TRACK:
-            value, code = tl.where(found[o], value, 0), tl.where(found[o], code, 0)
-        written = live & ((q2 < o2) if ALONG == 2 else (q3 < o3))
         step = o * o3 * o4 if ALONG == 2 else o * o4
-        tl.store(to + step, value.to(y.dtype.element_ty), mask=written)
-        if SAVE:
-            tl.store(also + step, code.to(state.dtype.element_ty), mask=written)
+        inside = live & ((q2 < o2) if ALONG == 2 else (q3 < o3))
+        if ALONG == 2:
+            number = count_inside(f2 + o * S[1], e2, K2, S) * count_inside(f3, e3, K3, A3)
+        else:
+            number = count_inside(f2, e2, K2, A2) * count_inside(f3 + o * S[1], e3, K3, S)
+        number = number * count_inside(f0, e0, A0[0], A0) * count_inside(f1, e1, A1[0], A1)
+        for c in tl.static_range(WIDTH):
+            value = best[o * WIDTH + c]
+            code = offset[o * WIDTH + c]
+            if not REGULAR and not TRACK:
+                filled = live & (number * count_inside(f4 + c * ASIDE, e4, K4, Q) > 0)
+                value, code = tl.where(filled, value, 0), tl.where(filled, code, 0)
+            if TRACK:
+                value, code = tl.where(found[o], value, 0), tl.where(found[o], code, 0)
+            written = inside
+            if WIDTH > 1:
+                written = written & (a4 * WIDTH + c < o4)
+            tl.store(to + (step + c), value.to(y.dtype.element_ty), mask=written)
+            if SAVE:
+                tl.store(also + (step + c), code.to(state.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -361,43 +385,42 @@ def many_kernel(
 def near_kernel(
     grad, state, gx, rest, planes, ins, outs, divisors,
     IN: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr, ALONG: tl.constexpr,
-    HEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONES: tl.constexpr,
-    LAST: tl.constexpr, OUTER: tl.constexpr, UNROLL: tl.constexpr, CARRY: tl.constexpr,
-    WIDE: tl.constexpr, INDEX: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ONES: tl.constexpr, LAST: tl.constexpr, OUTER: tl.constexpr, UNROLL: tl.constexpr,
+    CARRY: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """A lane owns HEIGHT inputs along the axis ALONG times a stride of the next axis, whose windows
+    """A lane owns HEIGHT inputs along the axis ALONG times WIDTH along the next one, whose windows
     have places that are known when this is compiled; along the axes before it windows are
     searched. Each output is read once and sends to the input that it chose. With CARRY the state
     holds, below the tap times CARRY, offsets that go to `rest` where the input was chosen."""
     R: tl.constexpr = W[ALONG]
     Q: tl.constexpr = W[ALONG + 1]
-    SIDE: tl.constexpr = Q[1]
     FIRST: tl.constexpr = -((R[0] - 1 - R[3]) // R[1])
     FINAL: tl.constexpr = (HEIGHT - 1 + R[3]) // R[1]
     LEFT: tl.constexpr = -((Q[0] - 1 - Q[3]) // Q[1])
-    RIGHT: tl.constexpr = (SIDE - 1 + Q[3]) // Q[1]
+    RIGHT: tl.constexpr = (WIDTH - 1 + Q[3]) // Q[1]
     i0, i1, i2, i3, i4 = unpack_sizes(ins, IN)
     o0, o1, o2, o3, o4 = unpack_sizes(outs, OUT)
     if LAST:
-        s2, s3, s4 = tl.cdiv(i2, HEIGHT), tl.cdiv(i3, SIDE), i4
+        s2, s3, s4 = tl.cdiv(i2, HEIGHT), tl.cdiv(i3, WIDTH), i4
     else:
-        s2, s3, s4 = i2, tl.cdiv(i3, HEIGHT), tl.cdiv(i4, SIDE)
+        s2, s3, s4 = i2, tl.cdiv(i3, HEIGHT), tl.cdiv(i4, WIDTH)
     plane, a0, a1, a2, a3, a4 = lanes_of(
         i0, i1, s2, s3, s4, divisors, ROWS, COLUMNS, LAST, ONES, INDEX
     )
     live = plane < planes
     if LAST:
         live = live & (a4 < s4)
-        r, q, rows, columns, reach = a2 * (HEIGHT // R[1]), a3, o2, o3, o4
+        r, q, rows, columns, reach = a2 * (HEIGHT // R[1]), a3 * (WIDTH // Q[1]), o2, o3, o4
     else:
-        r, q, rows, columns, reach = a3 * (HEIGHT // R[1]), a4, o3, o4, 1
+        r, q, rows, columns, reach = a3 * (HEIGHT // R[1]), a4 * (WIDTH // Q[1]), o3, o4, 1
     from_base = plane.to(tl.int64) * (o0 * o1 * o2 * o3 * o4)
     from_base += (r * columns + q) * reach
     if LAST:
         from_base += a4
     total = ()
     left = ()
-    for k in tl.static_range(HEIGHT * SIDE):
+    for k in tl.static_range(HEIGHT * WIDTH):
         total = total + (tl.zeros([ROWS, COLUMNS], WIDE),)
         left = left + (tl.zeros([ROWS, COLUMNS], tl.int32),)
     if UNROLL:
@@ -405,37 +428,37 @@ def near_kernel(
             total, left = _from_plane(
                 m, grad + from_base, state + from_base, live, a0, a1, a2, r, q, rows, columns,
                 reach, total, left, ins, outs, IN, OUT, W, R, Q, FIRST, FINAL, LEFT, RIGHT, LAST,
-                HEIGHT, SIDE, CARRY, WIDE,
+                HEIGHT, WIDTH, CARRY, WIDE,
             )  # fmt: skip
     else:
         for m in range(OUTER):
             total, left = _from_plane(
                 m, grad + from_base, state + from_base, live, a0, a1, a2, r, q, rows, columns,
                 reach, total, left, ins, outs, IN, OUT, W, R, Q, FIRST, FINAL, LEFT, RIGHT, LAST,
-                HEIGHT, SIDE, CARRY, WIDE,
+                HEIGHT, WIDTH, CARRY, WIDE,
             )  # fmt: skip
     base = plane.to(tl.int64) * (i0 * i1 * i2 * i3 * i4)
     if LAST:
-        base += (((a0 * i1 + a1) * i2 + a2 * HEIGHT) * i3 + a3 * SIDE) * i4 + a4
-        line, tall, wide, first, second = i3 * i4, i2, i3, a2 * HEIGHT, a3 * SIDE
+        base += (((a0 * i1 + a1) * i2 + a2 * HEIGHT) * i3 + a3 * WIDTH) * i4 + a4
+        line, tall, wide, first, second = i3 * i4, i2, i3, a2 * HEIGHT, a3 * WIDTH
     else:
-        base += (((a0 * i1 + a1) * i2 + a2) * i3 + a3 * HEIGHT) * i4 + a4 * SIDE
-        line, tall, wide, first, second = i4, i3, i4, a3 * HEIGHT, a4 * SIDE
+        base += (((a0 * i1 + a1) * i2 + a2) * i3 + a3 * HEIGHT) * i4 + a4 * WIDTH
+        line, tall, wide, first, second = i4, i3, i4, a3 * HEIGHT, a4 * WIDTH
     next_one = i4 if LAST else 1
     for u in tl.static_range(HEIGHT):
         here = live & (first + u < tall)
-        if SIDE == 2 and not LAST and IN % 2 == 0 and not CARRY:
+        if WIDTH == 2 and not LAST and IN % 2 == 0 and not CARRY:
             both = tl.reshape(tl.join(total[2 * u], total[2 * u + 1]), [ROWS, 2 * COLUMNS])
             at = gx + base + u * line + tl.arange(0, 2)[None, :]
             tl.store(at, both.to(gx.dtype.element_ty), mask=here & (second < wide))
         else:
-            for c in tl.static_range(SIDE):
+            for c in tl.static_range(WIDTH):
                 written = here & (second + c < wide)
                 at = base + u * line + c * next_one
-                sent = total[u * SIDE + c]
+                sent = total[u * WIDTH + c]
                 tl.store(gx + at, sent.to(gx.dtype.element_ty), mask=written)
                 if CARRY:
-                    below = left[u * SIDE + c]
+                    below = left[u * WIDTH + c]
                     tl.store(rest + at, below.to(rest.dtype.element_ty), mask=written)
 
 
@@ -645,19 +668,22 @@ def few(
     the tap, which counts `scale`."""
     keyed = type(reduction).key is not Selection.key
     track = keyed or mask is not None or carried is not None
-    owned = geometry.lanes_of_windows(seen, x.element_size(), 1 if track else ROWS_OF_A_LANE)
+    crowded = seen.channels_last and x.element_size() == 2 and state.numel()
+    tall = 1 if track else ROWS_OF_A_LANE // 2 if crowded else ROWS_OF_A_LANE
+    owned = geometry.lanes_of_windows(seen, x.element_size(), tall, 1 if track else 2)
     ins, in_width = geometry.sizes(seen.ins)
     outs, out_width = geometry.sizes(seen.outs)
     along = owned.along
     spans = list(seen.spans)
     spans[along] = geometry.block_span(seen, along, owned.height)
+    spans[4] = geometry.block_span(seen, 4, owned.width)
     deal = geometry.dealt(seen.planes, seen.outs, owned, seen.channels_last)
     launching.launch(
         few_kernel, deal.programs, x,
         x, y, state, x if mask is None else mask, state if carried is None else carried,
         seen.planes, seen.channels, ins, outs, geometry.mask_strides(mask, seen),
         deal.divisors,
-        IN=in_width, OUT=out_width, W=geometry.constants(spans), S=tuple(seen.spans[along]),
+        IN=in_width, OUT=out_width, W=geometry.constants(spans), V=geometry.constants(seen.spans),
         MASKED=mask is not None, CARRY=scale if carried is not None else 0, TRACK=track,
         REGULAR=seen.regular, LAST=seen.channels_last, **deal.constants,
         **_common(x, reduction, bool(state.numel())),
@@ -695,8 +721,7 @@ def send_back(
     }  # fmt: skip
     owned = geometry.lanes_of_inputs(seen, grad.element_size(), ROWS_OF_A_LANE)
     if owned is not None:
-        sides = geometry.grouped(seen, owned.along + 1)
-        deal = geometry.dealt(seen.planes, sides, owned, seen.channels_last)
+        deal = geometry.dealt(seen.planes, seen.ins, owned, seen.channels_last)
         outer = math.prod(span.covers for span in seen.spans[: owned.along])
         launching.launch(
             near_kernel, deal.programs, grad, *tensors, seen.planes, ins, outs, deal.divisors,

@@ -26,15 +26,18 @@ from torchpool.kernels.gpu.selection import FEW
 from torchpool.reductions import Accumulation, Mean
 
 _LANES = 1024
+_ROW = 16
 _COVERS = 16
 """Windows that see an input, at most."""
 
 
 @lru_cache(maxsize=4096)
 def serve(seen: View) -> bool:
-    """Whether windows are large or adaptive, and few of them see an input."""
+    """Whether windows are adaptive, or large in rows that are worth a program, and few of them see
+    an input."""
     adaptive = any(span.stride == 0 for span in seen.spans)
-    return seen.covers <= _COVERS and (adaptive or seen.taps > FEW)
+    large = seen.taps > FEW and (seen.whole or seen.ins[-1] >= _ROW)
+    return seen.covers <= _COVERS and (adaptive or large)
 
 
 @triton.jit
