@@ -312,6 +312,7 @@ def work(
 def run(words: list[str], minutes: float, workers: int, compiled: bool) -> dict[str, Any]:
     """Checks and times everything that fits into the time."""
     end = time.time() + 60 * minutes
+    checks = {} if words else checked()
     context = mp.get_context("spawn")
     start, rows, alone = context.Barrier(workers + 1), context.Queue(), context.Lock()
     processes = [
@@ -321,7 +322,6 @@ def run(words: list[str], minutes: float, workers: int, compiled: bool) -> dict[
     begin = time.time()
     for process in processes:
         process.start()
-    checks = {} if words else checked()
     start.wait(PATIENCE)
     print(f"compiled in {time.time() - begin:.0f} s", flush=True)
     found: dict[str, Any] = {}
