@@ -217,8 +217,8 @@ def few_kernel(
                             inside = inside & (at >= A4[3] - j)
                         if j + 1 >= A4[5]:
                             inside = inside & (at < i4 + (A4[3] - j))
-                        v = tl.load(pair + step + (j - A4[3]), mask=inside, other=WORST)
-                        even, odd = tl.split(tl.reshape(v.to(WIDE), [ROWS, COLUMNS, 2]))
+                        both = tl.load(pair + step + (j - A4[3]), mask=inside, other=WORST)
+                        even, odd = tl.split(tl.reshape(both.to(WIDE), [ROWS, COLUMNS, 2]))
                         if j >= 0:
                             taps = taps + (even,)
                         if j + 1 < LONG:
@@ -235,10 +235,10 @@ def few_kernel(
                             and known(r if ALONG == 2 else t % DEEP, A2)
                             and known(u if ALONG == 2 else r, A3) and known(j, A4)
                         ):  # fmt: skip
-                            v = tl.load(line + step + j * A4[2], mask=valid, other=WORST)
+                            read = tl.load(line + step + j * A4[2], mask=valid, other=WORST)
                         else:
-                            v = tl.load(line + step + j * A4[2], mask=live)
-                        v = v.to(WIDE)
+                            read = tl.load(line + step + j * A4[2], mask=live)
+                        v = read.to(WIDE)
                         if TRACK:
                             tap = ((t * TALL + r) * INNER + u) * K4 + j
                             if CARRY:
