@@ -31,7 +31,7 @@ _TRIVIAL = Axis(1, 1, 1, 1, 1, 0, 0)
 _WIDEST = 16
 THREADS = 128
 """Of a program."""
-_UNROLLED = 36
+UNROLLED = 36
 """Taps of a window in two axes whose outputs an input reads without a loop."""
 INT32 = 1 << 31
 
@@ -229,8 +229,16 @@ def lanes_of_windows(seen: View, item_bytes: int, tall: int, wide: int) -> Lanes
     """Lanes that own up to `tall` windows, and of contiguous planes up to `wide` beside them."""
     along = 2 if seen.channels_last else 3
     tall = _together(seen, along, tall if seen.taps <= 25 else tall // 2)
-    wide = 1 if seen.channels_last or seen.spans[4].stride > 2 else _together(seen, 4, wide)
-    return lanes(seen, seen.outs[-1], tall, 4, wide, item_bytes)
+    wide = _together(seen, 4, wide) if _worth_width(seen, seen.outs[4]) else 1
+    return lanes(seen, seen.outs[-1], tall, 4, wide, _vector(seen, item_bytes))
+
+
+def _worth_width(seen: View, columns: int) -> bool:
+    """Whether a lane of contiguous planes is to own neighbours of a row. On an H200 windows at
+    stride 2 lost by it (0.8 to 0.9 of the speed), and small ones in rows of fewer than 48; larger
+    ones, and small ones in longer rows, won (1.1 to 2.1)."""
+    beside = not seen.channels_last and seen.spans[4].stride == 1
+    return beside and (columns >= 48 or seen.taps > 9)
 
 
 def _together(seen: View, axis: int, most: int) -> int:
@@ -240,33 +248,43 @@ def _together(seen: View, axis: int, most: int) -> int:
     return max(1, min(most, power(seen.outs[axis]))) if regular else 1
 
 
-def lanes_of_inputs(seen: View, item_bytes: int, most: int) -> Lanes | None:
+def lanes_of_inputs(seen: View, item_bytes: int, most: int, carries: bool = False) -> Lanes | None:
     """Lanes that own about `most` inputs of a column, and neighbours along the next axis: whole
-    strides of both. None where windows along the two are not regular, or too large to unroll."""
+    strides of both. None where windows along the two are not regular, or too large to unroll.
+
+    Args:
+        carries: a second number goes with every input.
+    """
     along = 2 if seen.channels_last else 3
     span, beside = seen.spans[along : along + 2]
     if not all(s.stride > 0 and s.dilation == 1 for s in (span, beside)):
         return None
-    if span.kernel * beside.kernel > _UNROLLED or span.stride * beside.stride > _WIDEST:
+    if span.kernel * beside.kernel > UNROLLED or span.stride * beside.stride > _WIDEST:
         return None
-    wide = 2
-    if seen.channels_last:  # a lane has registers for few
-        wide, most = 1, min(most, 2 * item_bytes // beside.stride)
+    wide = 2 if _worth_width(seen, seen.ins[4]) else 1
+    if span.kernel == 1 and beside.kernel > 2:  # what a lane reads is shared along one axis alone
+        most, wide = 1, 4
+    elif seen.channels_last:  # a lane has registers for few
+        most = min(most, 2 * item_bytes // beside.stride)
     height = span.stride * max(1, min(most, power(seen.ins[along])) // span.stride)
     width = beside.stride * max(1, min(wide, power(seen.ins[along + 1])) // beside.stride)
-    return lanes(seen, seen.ins[-1], height, along + 1, width, item_bytes)
+    elements = 1 if carries else _vector(seen, item_bytes)
+    return lanes(seen, seen.ins[-1], height, along + 1, width, elements)
 
 
-def lanes(seen: View, columns: int, height: int, beside: int, width: int, item_bytes: int) -> Lanes:
-    """Lanes of `height` times `width` positions. A thread has at least four positions, or as many
-    lanes as have 16 bytes of channels of a channels-last tensor (at most four channels where
-    windows are large and registers few)."""
+def _vector(seen: View, item_bytes: int) -> int:
+    """Neighbouring channels that a thread has: 16 bytes, but at most four where windows are large
+    and registers few."""
+    return min(_WIDEST // item_bytes, _WIDEST if seen.taps <= 9 else 4)
+
+
+def lanes(seen: View, columns: int, height: int, beside: int, width: int, elements: int) -> Lanes:
+    """Lanes of `height` times `width` positions. A thread has at least four positions, or
+    `elements` neighbouring channels of a channels-last tensor."""
     if not seen.channels_last:
         return Lanes(3, height, beside, width, THREADS * max(1, 4 // (height * width)), 1)
     channels = block(columns, 64)
-    elements = min(_WIDEST // item_bytes, 16 if seen.taps <= 9 else 4)
-    rows = max(1, THREADS * elements // channels)
-    return Lanes(2, height, beside, width, rows, channels)
+    return Lanes(2, height, beside, width, max(1, THREADS * elements // channels), channels)
 
 
 class Deal(NamedTuple):

@@ -318,8 +318,9 @@ def select(x: Tensor, reduction: Selection, axes: Sequence[Axis], y: Tensor, sta
 
 
 def sends_runs(axes: Sequence[Axis]) -> bool:
-    """Whether along each axis winners never go back."""
-    return all(not axis.is_adaptive and axis.dilation == 1 for axis in axes)
+    """Whether a window is too long to be unrolled, and along each axis winners never go back."""
+    regular = all(not axis.is_adaptive and axis.dilation == 1 for axis in axes)
+    return regular and any(axis.kernel > geometry.UNROLLED for axis in axes)
 
 
 def send_back(grad: Tensor, state: Tensor, axes: Sequence[Axis], gx: Tensor) -> None:

@@ -719,7 +719,7 @@ def send_back(
     shared = {
         "IN": in_width, "OUT": out_width, "CARRY": scale, "WIDE": geometry.compute(grad.dtype),
     }  # fmt: skip
-    owned = geometry.lanes_of_inputs(seen, grad.element_size(), ROWS_OF_A_LANE)
+    owned = geometry.lanes_of_inputs(seen, grad.element_size(), ROWS_OF_A_LANE, rest is not None)
     if owned is not None:
         deal = geometry.dealt(seen.planes, seen.ins, owned, seen.channels_last)
         outer = math.prod(span.covers for span in seen.spans[: owned.along])
