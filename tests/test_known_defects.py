@@ -434,3 +434,22 @@ def test_random_windows_can_be_repeated():
     samples = torch.rand(2, 3, 2)
     fixed = tp.Fractional(2, output_size=(5, 6), samples=samples)
     assert torch.equal(tp.pool(x, tp.Max(), fixed), tp.pool(x, tp.Max(), fixed))
+
+
+@defect(
+    21,
+    "On CUDA the gradient of a padded average over a channels-last input is wrong, silently.",
+    "One gather serves both layouts, on every device.",
+    "#188344 #107201",
+)
+def test_gradients_of_padded_averages_channels_last():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    last = x.to(device).to(memory_format=torch.channels_last).requires_grad_()
+    gradients = []
+    for leaf, pool in ((x.requires_grad_(), F.avg_pool2d), (last, tp.avg_pool2d)):
+        y = pool(leaf, 3, 1, 1)
+        upstream = torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape).to(y)
+        (gradient,) = torch.autograd.grad(y, leaf, upstream)
+        gradients.append(gradient.cpu())
+    torch.testing.assert_close(*gradients)
