@@ -87,7 +87,7 @@ def select_backward(
     seen = geometry.view(gx, axes)
     if scatter.serve(seen):
         scatter.send_back(seen, grad, state, gx)
-    elif seen.covers > selection.TOGETHER and (len(axes) > 1 or passes.sends_runs(axes)):
+    elif seen.covers > geometry.UNROLLED and (len(axes) > 1 or passes.sends_runs(axes)):
         passes.send_back(grad, state, axes, gx)
     else:
         selection.send_back(seen, grad, state, gx)

@@ -32,7 +32,7 @@ _WIDEST = 16
 THREADS = 128
 """Of a program."""
 UNROLLED = 36
-"""Taps of a window in two axes whose outputs an input reads without a loop."""
+"""Outputs that an input reads without a loop; above, gradients go an axis at a time."""
 INT32 = 1 << 31
 
 

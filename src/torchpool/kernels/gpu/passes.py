@@ -366,11 +366,6 @@ def _send_runs(
     )  # fmt: skip
 
 
-def is_linear(reduction: Accumulation) -> bool:
-    """Whether windows of windows give the value: sums, and means, whose n is a product."""
-    return type(reduction) in (Sum, Mean)
-
-
 def _share(reduction: Accumulation, last: bool) -> Accumulation:
     """What one axis does for a reduction: its part of the division."""
     if isinstance(reduction, Mean) and reduction.divisor is not None and not last:

@@ -42,8 +42,6 @@ FEW = 32
 ROWS_OF_A_LANE = 4
 """Neighbouring windows that share what they read."""
 UNROLLED_COVERS = 16
-TOGETHER = 36
-"""Outputs that can see one input: above, gradients go an axis at a time."""
 
 
 @triton.jit
