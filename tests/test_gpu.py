@@ -71,7 +71,7 @@ def test_frequent_kernels_load_vectors_and_spill_nothing(tmp_path):
     for row in maxima:  # sixteen bytes of channels; two neighbours of a row
         pair = 2 * {"fp32": 4, "fp16": 2}[row["dtype"]]
         assert row["widest_load_bytes"] >= (16 if row["layout"] == "channels_last" else pair)
-    formulas = {row["windows"] for row in rows if row["kernel"] == "accumulation.near_kernel"}
+    formulas = {row["windows"] for row in rows if row["kernel"] == "gathering.near_kernel"}
     assert len(formulas) == 8  # each in both directions: what compiles is not only interpreted
 
 

@@ -16,6 +16,7 @@ from torchpool.kernels import layout
 from torchpool.kernels.gpu import (
     accumulation,
     boxes,
+    gathering,
     geometry,
     launching,
     passes,
@@ -188,7 +189,7 @@ def accumulate_backward(
         passes.accumulate_back(grad, reduction, axes, like)
     elif needs[0] or needs[1]:
         saved = stats if stats.numel() else _derivatives(problem, grad)
-        accumulation.backward(problem, grad, saved, like if needs[0] else None, gw)
+        gathering.backward(problem, grad, saved, like if needs[0] else None, gw)
     gp = accumulation.by_parameter(problem, grad) if needs[2] else empty
     return like if needs[0] else empty, empty if gw is None else gw, gp
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchpool.kernels import layout
-from torchpool.kernels.gpu import accumulation, geometry, launching, selection
+from torchpool.kernels.gpu import accumulation, gathering, geometry, launching, selection
 from torchpool.reductions import Accumulation, Mean, Selection, Sum
 from torchpool.windows import Axis
 
@@ -426,5 +426,5 @@ def accumulate_back(
         else:
             seen = geometry.view(result, [axis])
             problem = accumulation.Problem(seen, None, None, None, None, share, dtype)
-            accumulation.backward(problem, source, None, result, None)
+            gathering.backward(problem, source, None, result, None)
         rows = into

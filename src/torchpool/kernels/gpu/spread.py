@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchpool.kernels.gpu import geometry, launching
-from torchpool.kernels.gpu.accumulation import axis_count
+from torchpool.kernels.gpu.gathering import axis_count
 from torchpool.kernels.gpu.geometry import (
     LANES,
     Span,
