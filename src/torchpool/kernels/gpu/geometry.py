@@ -383,14 +383,6 @@ def split(seen: View, elements: int) -> tuple[int, int]:
     return min(power(seen.planes * math.prod(seen.outs)), elements // taps), taps
 
 
-def group(seen: View) -> int:
-    """How many neighbours of a row share the outputs that see them, where that is known when a
-    kernel is compiled: the stride of the last axis, 1 or 2; otherwise 0."""
-    last = seen.spans[-1]
-    plain = last.dilation == 1 or last.kernel == 1
-    return last.stride if last.stride in (1, 2) and plain and last.kernel <= _WIDEST else 0
-
-
 def index(count: int) -> Any:
     """The type that counts lanes."""
     return tl.int64 if count >= INT32 // 2 else tl.int32

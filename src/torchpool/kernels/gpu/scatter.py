@@ -39,6 +39,16 @@ def serve(seen: View) -> bool:
 
 
 @triton.jit
+def _coordinates(lane, outs):
+    """Of windows that are counted through planes, along the four axes."""
+    a3 = lane % outs[3]
+    rest = lane // outs[3]
+    a2 = rest % outs[2]
+    rest = rest // outs[2]
+    return rest // outs[1] % outs[0], rest % outs[1], a2, a3
+
+
+@triton.jit
 def _winner(
     state, ins, outs, kernels, a0, a1, a2, a3, lane, live,
     W: tl.constexpr, WHOLE: tl.constexpr,
@@ -89,10 +99,7 @@ def scatter_kernel(
     for first in range(0, owned, B):
         lane = first + tl.arange(0, B)
         live = lane < owned
-        a3 = lane % o3
-        a2 = lane // o3 % o2
-        a1 = lane // (o3 * o2) % o1
-        a0 = lane // (o3 * o2 * o1) % o0
+        a0, a1, a2, a3 = _coordinates(lane, outs)
         place = _winner(
             state + head * windows, ins, outs, kernels, a0, a1, a2, a3, lane, live, W, WHOLE
         )
@@ -107,10 +114,7 @@ def scatter_kernel(
         for first in range(0, owned, B):
             lane = first + tl.arange(0, B)
             live = lane < owned
-            a3 = lane % o3
-            a2 = lane // o3 % o2
-            a1 = lane // (o3 * o2) % o1
-            a0 = lane // (o3 * o2 * o1) % o0
+            a0, a1, a2, a3 = _coordinates(lane, outs)
             own = grad + head * windows + lane
             known = places + head * windows + lane
             place = tl.load(known, mask=live, other=0)
