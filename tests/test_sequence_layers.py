@@ -4,6 +4,7 @@ batch, and what a Module owes its users."""
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import warnings
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 import torchpool as tp
-from torchpool.nn import SentencePool
+from torchpool.nn import SentencePool, sequence
 
 N, C, T = 4, 6, 9
 LENGTHS = torch.tensor([9, 4, 1, 6])
@@ -595,6 +596,29 @@ def test_kmax_order_ties_and_short_samples():
     low = torch.tensor([[[-torch.inf, 7.0, 3.0, -torch.inf]]])
     mask = torch.tensor([[True, False, True, True]])
     assert layer(low, mask).tolist() == [[[-torch.inf, 3.0, -torch.inf]]]
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_kmax_among_many_equals(readable, ratio, monkeypatch):
+    """Whether values may be looked at, as on the CPU, or not, as in a compiled graph."""
+    monkeypatch.setattr(sequence, "is_readable", lambda x: readable)
+    generator = torch.Generator().manual_seed(0)
+    for t, k in itertools.product((1, 2, 5, 9), (1, 2, 6)):
+        x = torch.randint(-2, 3, (40, 3, t), generator=generator).float()
+        x[torch.rand(x.shape, generator=generator) < 0.2] = math.nan
+        x[torch.rand(x.shape, generator=generator) < 0.2] = -math.inf
+        mask = torch.rand(40, t, generator=generator) < 0.7
+        layer = OURS.KMaxPool(k, ratio=ratio, fill=7.0)
+        y = layer(x, mask)
+        for n, c in np.ndindex(40, 3):
+            row = x[n, c, mask[n]].tolist()
+            kept = max(k, math.ceil(ratio * len(row)))
+            value = [math.inf if math.isnan(v) else v for v in row]
+            best = sorted(range(len(row)), key=lambda i: (-value[i], i))[:kept]
+            expected = [row[i] for i in sorted(best)]
+            expected += [7.0] * (y.shape[-1] - len(expected))
+            np.testing.assert_array_equal(y[n, c].numpy(), expected)
 
 
 def test_kmax_counts_by_the_samples_own_length():

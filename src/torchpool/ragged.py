@@ -49,7 +49,8 @@ def check_lengths(lengths: Any, size: int, device: torch.device, *, count: int |
         raise ValueError(f"lengths of shape {tuple(made.shape)} must have the shape {wanted}")
     if not is_readable(made):
         return made.clamp(0, size)
-    if made.numel() and not 0 <= int(made.min()) <= int(made.max()) <= size:
+    least, most = made.aminmax() if made.numel() else (0, 0)
+    if not 0 <= int(least) <= int(most) <= size:
         sample = int(((made < 0) | (made > size)).nonzero()[0])
         raise ValueError(
             f"lengths[{sample}]={int(made[sample])} must lie in [0, {size}], "
@@ -204,7 +205,7 @@ def padded_table(
             side where its padding stands.
     """
     if isinstance(windows, Global):
-        first = size - lengths if padding_side == "left" else lengths * 0
+        first = size - lengths if padding_side == "left" else torch.zeros_like(lengths)
         return Table(_runs(first, lengths)[:, None, None, None], Axis(size, 1, size, 1, 1, 0, 0))
     length = lengths.unsqueeze(-1)
     pooled = windows.pool_lengths(length)
@@ -263,7 +264,7 @@ def segment_table(offsets: Tensor, size: int) -> Table:
 
 def _runs(first: Tensor, count: Tensor) -> Tensor:
     """The rows of a table whose windows are runs of positions without padding."""
-    return torch.stack([first, count, count * 0], -1)
+    return torch.stack([first, count, torch.zeros_like(count)], -1)
 
 
 # Jagged nested tensors and packed sequences ---------------------------------------------

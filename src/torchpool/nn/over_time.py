@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torchpool.functional import pool
 from torchpool.nn.describe import describe
 from torchpool.nn.general import Pool
-from torchpool.ragged import length_mask
+from torchpool.ragged import check_lengths, length_mask
 from torchpool.reductions import Reduction
 from torchpool.windows import Global
 
@@ -20,18 +21,35 @@ LAYOUTS = ("NCT", "NTC")
 SIDES = ("right", "left")
 
 
-class Valid(NamedTuple):
-    """Which elements of a padded batch take part."""
+@dataclass(frozen=True)
+class Valid:
+    """Which elements of a padded batch take part: a mask, or lengths, which cost less."""
 
-    mask: Tensor
+    size: int
+    """T, the elements along the axis."""
+    given: Tensor | None
     """bool (N, T)."""
-    lengths: Tensor | None
-    """(N,), where each sample's valid elements are one run at an end of the axis."""
-    padding_side: str
+    lengths: Tensor | None = None
+    """int64 (N,), where each sample's valid elements are one run at an end of the axis."""
+    padding_side: str = "right"
+
+    @property
+    def mask(self) -> Tensor:
+        """bool (N, T)."""
+        if self.lengths is not None:
+            return length_mask(self.lengths, self.size, padding_side=self.padding_side)
+        assert self.given is not None
+        return self.given
 
     def counts(self) -> Tensor:
         """Valid elements of each sample, (N, 1)."""
+        if self.lengths is not None:
+            return self.lengths.unsqueeze(-1)
         return self.mask.sum(-1, keepdim=True)
+
+    def some(self) -> Tensor:
+        """Whether a sample has any valid element, (N,)."""
+        return self.mask.any(-1) if self.lengths is None else self.lengths > 0
 
 
 class OverTime(nn.Module):
@@ -71,8 +89,7 @@ class OverTime(nn.Module):
         x, valid = self._arrange(x, mask, lengths)
         y = self._pool(x, valid).to(x.dtype)
         if valid is not None:
-            some = valid.mask.any(-1).view(-1, *(1,) * (y.ndim - 1))
-            y = torch.where(some, y, torch.full((), self.fill, dtype=y.dtype, device=y.device))
+            y = torch.where(valid.some().view(-1, *(1,) * (y.ndim - 1)), y, self.fill)
         return y.transpose(1, 2) if y.ndim == 3 and self.layout == "NTC" else y
 
     def _arrange(
@@ -91,15 +108,13 @@ class OverTime(nn.Module):
         t = x.shape[2]
         if t == 0:
             raise ValueError(f"x of shape {tuple(x.shape)} (N, C, T) has no time; T must be >= 1")
-        side = self.padding_side
         given = None if mask is None else _as_mask(mask, x)
         if lengths is None:
-            return x, None if given is None else Valid(given, None, side)
+            return x, None if given is None else Valid(t, given)
         _check_lengths(lengths, x)
-        inside = length_mask(lengths, t, padding_side=side)
-        if given is None:
-            return x, Valid(inside, lengths, side)
-        return x, Valid(given & inside, None, side)
+        known = check_lengths(lengths, t, x.device, count=None)
+        valid = Valid(t, None, known, self.padding_side)
+        return x, valid if given is None else Valid(t, given & valid.mask)
 
     def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         """(N, C, T) -> (N, D) or (N, D, K)."""
@@ -210,13 +225,17 @@ def softmax_over_time(scores: Tensor, valid: Valid | None) -> Tensor:
 
 
 def ranks(valid: Valid) -> Tensor:
-    """The position of each valid element among the valid ones, from 0: (N, T) int64."""
-    return valid.mask.cumsum(-1) - 1
+    """The position of each valid element among the valid ones, from 0: (N, T) int64, or (1, T)
+    where it is the same in all samples. What is not valid has any."""
+    if valid.lengths is None:
+        return valid.mask.cumsum(-1) - 1
+    places = torch.arange(valid.size, device=valid.lengths.device).unsqueeze(0)
+    return places if valid.padding_side == "right" else places + valid.counts() - valid.size
 
 
 def all_valid(x: Tensor) -> Valid:
     """Every element of an x (N, C, T) without padding."""
-    return Valid(x.new_ones((x.shape[0], x.shape[2]), dtype=torch.bool), None, "right")
+    return Valid(x.shape[2], x.new_ones((x.shape[0], x.shape[2]), dtype=torch.bool))
 
 
 class SequencePool(OverTime):

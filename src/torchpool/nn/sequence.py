@@ -24,6 +24,7 @@ from torchpool.nn.over_time import (
     over_time,
     ranks,
 )
+from torchpool.ragged import is_readable
 from torchpool.reductions import (
     Accumulation,
     Max,
@@ -216,11 +217,9 @@ class KMaxPool(OverTime):
     def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         t = x.shape[2]
         k = self._kept(t)
-        mask = (all_valid(x) if valid is None else valid).mask[:, None]
-        counts = self.pool_lengths(mask.sum(-1, keepdim=True))
-        time = torch.arange(t, device=x.device)
-        places = time.where(_largest(x.detach(), mask, counts, min(k, t)), t)
-        places = places.topk(min(k, t), dim=-1, largest=False, sorted=True).values
+        valid = all_valid(x) if valid is None else valid
+        counts = self.pool_lengths(valid.counts())[..., None]
+        places = _largest(x.detach(), valid.mask[:, None], counts, min(k, t))
         y = x.gather(-1, places.clamp(max=t - 1)).masked_fill(places == t, self.fill)
         return F.pad(y, (0, k - y.shape[-1]), value=self.fill)
 
@@ -229,15 +228,37 @@ class KMaxPool(OverTime):
 
 
 def _largest(x: Tensor, mask: Tensor, counts: Tensor, most: int) -> Tensor:
-    """Which elements of x (N, C, T) are the `counts` (N, 1, 1) largest valid ones, at most `most`;
-    of equals the earlier ones. NaN is the largest of all."""
+    """Where the `counts` (N, 1, 1) largest valid elements of x (N, C, T) stand, in order: (N, C,
+    most), T for those that there are not. Of equals the earlier ones; NaN is the largest of all."""
+    t = x.shape[-1]
     x = x.masked_fill(~mask, -torch.inf)
-    best = x.topk(most, dim=-1, sorted=True).values
-    last = best.gather(-1, (counts - 1).clamp(min=0).expand(*x.shape[:2], 1))
+    best, places = x.topk(min(most + 1, t), dim=-1)
+    taken = torch.arange(most, device=x.device) < counts
+    places = places[..., :most].where(taken, t).sort(-1).values
+    last, following = (
+        best.gather(-1, at.clamp(0, best.shape[-1] - 1).expand(*x.shape[:2], 1))
+        for at in (counts - 1, counts)
+    )
+    in_doubt = (last == following) | (last.isnan() & following.isnan())  # which of equals?
+    in_doubt = in_doubt & (counts < t)
+    if is_readable(x):
+        rows = in_doubt.squeeze(-1).nonzero(as_tuple=True)
+        if len(rows[0]):
+            each = (x[rows], mask[rows[0], 0], counts[rows[0], 0])
+            places[rows] = _earliest(*each, last[rows], most)
+        return places
+    return _earliest(x, mask, counts, last, most).where(in_doubt, places)
+
+
+def _earliest(x: Tensor, mask: Tensor, counts: Tensor, last: Tensor, most: int) -> Tensor:
+    """The same for rows whose last element, of value `last`, has equals."""
     above = (x > last) | (x.isnan() & ~last.isnan())
     level = ((x == last) | (x.isnan() & last.isnan())) & mask
     room = counts - above.sum(-1, keepdim=True)
-    return (above & mask & (counts > 0)) | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
+    chosen = (above & mask) | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
+    t = x.shape[-1]
+    places = torch.arange(t, device=x.device).where(chosen & (counts > 0), t)
+    return places.topk(most, dim=-1, largest=False, sorted=True).values
 
 
 def _segments(x: Tensor, valid: Valid | None, count: int, reduction: Reduction) -> Tensor:
@@ -254,7 +275,7 @@ def _segments(x: Tensor, valid: Valid | None, count: int, reduction: Reduction) 
     for o in range(count):
         start, stop = o * n // count, ((o + 1) * n + count - 1) // count
         part = valid.mask & (rank >= start) & (rank < stop)
-        parts.append(over_time(x, reduction, valid._replace(mask=part)))
+        parts.append(over_time(x, reduction, Valid(valid.size, part)))
     return torch.stack(parts, -1)
 
 

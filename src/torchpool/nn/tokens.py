@@ -96,7 +96,11 @@ class WeightedMeanTokens(OverTime):
     def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         counted = all_valid(x) if valid is None or self.positions == "absolute" else valid
         weights = (ranks(counted) + 1).to(torch.promote_types(x.dtype, torch.float32))
-        total = (weights if valid is None else weights * valid.mask).sum(-1, keepdim=True)
+        if counted.lengths is not None:
+            n = counted.counts().to(weights.dtype)
+            total = n * (n + 1) / 2
+        else:
+            total = (weights if valid is None else weights * valid.mask).sum(-1, keepdim=True)
         return over_time(x * weights[:, None], Sum(), valid) / total.clamp(min=1)
 
     def extra_repr(self) -> str:

@@ -18,10 +18,10 @@ from torchpool.kernels import layout
 from torchpool.kernels.cpu import backward as gradients
 from torchpool.kernels.cpu import direct, formulas, leaf, scatter, shares, sweep, threads
 from torchpool.kernels.cpu import plan as plans
+from torchpool.kernels.cpu.arrays import by_channel, effective, flat, parameters
 from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.plan import PADDED, VALID, Plan
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
-from torchpool.kernels.cpu.simd import BRAIN, HALF
 from torchpool.reductions import Accumulation, Mean, Selection, Sum
 from torchpool.windows import Axis
 
@@ -34,18 +34,6 @@ _VECTOR = 64
 """Bytes of a vector register at most."""
 _WORK = 4
 """What an element of an accumulation costs, as bytes of traffic, when threads are counted."""
-
-
-def _flat(x: Tensor, channels_last: bool) -> Any:
-    """The memory of a dense tensor as a flat array; half formats as records."""
-    if channels_last:
-        x = x.movedim(1, -1)
-    x = x.detach().reshape(-1)
-    if x.dtype == torch.bfloat16:
-        return x.view(torch.uint16).numpy().view(BRAIN)
-    if x.dtype == torch.float16:
-        return x.view(torch.uint16).numpy().view(HALF)
-    return (x.view(torch.uint8) if x.dtype == torch.bool else x).numpy()
 
 
 def _plan(x: Tensor, axes: Sequence[Axis], channels_last: bool, joins: bool = False) -> Plan:
@@ -138,11 +126,11 @@ def _merge(
     last = plan.channels_last
     traffic = x.nbytes + y.nbytes
     if state is None and mask is None:
-        arrays: tuple[Any, ...] = _flat(x, last), _flat(y, last)
+        arrays: tuple[Any, ...] = flat(x, last), flat(y, last)
         _do(_values(tag, x, column, divisor, plan), traffic, arrays)
     elif plan.is_large and mask is None:
         assert state is not None
-        arrays = _flat(x, last), _flat(y, last), _flat(state, last)
+        arrays = flat(x, last), flat(y, last), flat(state, last)
         _do(_large(tag, column, divisor, plan), traffic, arrays)
     else:
         _merge_directly(tag, x, mask, y, state, column, divisor, plan, traffic)
@@ -211,13 +199,13 @@ def ready(
         return None
     shape, strides = result.shape, result.stride()
     traffic = job.effort * (example.nbytes + result.nbytes)
-    arrays = _flat(example, last), _flat(result, last)
+    arrays = flat(example, last), flat(result, last)
     prepared = shares.Call(job.kernel, job.units, job.arguments(*arrays), arrays)
 
     def call(x: Tensor) -> Tensor:
         y = in_large_pages(x.new_empty_strided(shape, strides))
         if not prepared.run(*threads.split(job.units, traffic), x.data_ptr(), y.data_ptr()):
-            threads.fail(job.kernel, job.units, job.arguments(_flat(x, last), _flat(y, last)))
+            threads.fail(job.kernel, job.units, job.arguments(flat(x, last), flat(y, last)))
         if clears:
             _clear_empty(y, axes)
         return y
@@ -237,10 +225,10 @@ def _merge_directly(
     traffic: int,
 ) -> None:
     last = plan.channels_last
-    weights = None if mask is None else _flat(layout.to_layout(mask.expand(x.shape), last), last)
+    weights = None if mask is None else flat(layout.to_layout(mask.expand(x.shape), last), last)
     kept = state
     if state is not None:
-        kept = _flat(state if state.numel() else torch.empty_like(y, dtype=state.dtype), last)
+        kept = flat(state if state.numel() else torch.empty_like(y, dtype=state.dtype), last)
     _run_direct(tag, x, weights, None, y, kept, column, divisor, plan, traffic)
 
 
@@ -263,10 +251,10 @@ def _run_direct(
         traffic,
         _way(plan),
         tag,
-        _flat(x, last),
+        flat(x, last),
         weights,
         params,
-        _flat(y, last),
+        flat(y, last),
         state,
         plan.geo,
         plan.tab,
@@ -293,7 +281,7 @@ def select_backward(
     gx = in_large_pages(layout.empty(grad, [axis.in_size for axis in axes], channels_last))
     if gx.numel():
         plan = _plan(gx, axes, channels_last)
-        kept = _flat(state, channels_last)
+        kept = flat(state, channels_last)
         if plan.covers > _MANY_COVERS or plan.by_window:
             _scatter(grad, kept, gx, plan)
         else:
@@ -307,9 +295,9 @@ def _scatter(grad: Tensor, state: Any, gx: Tensor, plan: Plan) -> None:
         scatter.scatter,
         plan.outer * plan.bands,
         gx.nbytes + grad.nbytes,
-        _flat(grad, last),
+        flat(grad, last),
         state,
-        _flat(gx, last),
+        flat(gx, last),
         plan.geo,
         plan.tab,
         plan.inner,
@@ -337,12 +325,12 @@ def _run_backward(
         gx.nbytes + grad.nbytes,
         _way(plan),
         tag,
-        _flat(grad, last),
+        flat(grad, last),
         x,
         weights,
         params,
         state,
-        _flat(gx, last),
+        flat(gx, last),
         gw,
         plan.geo,
         plan.tab,
@@ -443,27 +431,6 @@ def _accumulate_integers(
     return torch.div(total, counts, rounding_mode="trunc").to(x.dtype), stats
 
 
-def _effective(
-    x: Tensor, mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, last: bool
-) -> Any:
-    """Weights that are 0 where the mask is False, in the order of x; None where all are 1."""
-    if mask is None and weights is None:
-        return None
-    if weights is None:
-        assert mask is not None
-        made = mask.to(dtype)
-    else:
-        made = weights.detach().to(dtype)
-        made = made if mask is None else made.masked_fill(~mask, 0)
-    return _flat(layout.to_layout(made.expand(x.shape), last), last)
-
-
-def _parameters(params: Tensor | None, dtype: torch.dtype) -> Any:
-    if params is None:
-        return np.zeros(1, np.float64 if dtype == torch.float64 else np.float32)
-    return params.detach().to(dtype).contiguous().reshape(-1).numpy()
-
-
 def _accumulate_formulas(
     x: Tensor,
     mask: Tensor | None,
@@ -476,11 +443,11 @@ def _accumulate_formulas(
 ) -> None:
     dtype = layout.compute_dtype(x.dtype)
     kind: Any = type(reduction)
-    numbers = _parameters(params, dtype)
+    numbers = parameters(params, dtype)
     _run_direct(
         formulas.tag(kind, numbers),
         x,
-        _effective(x, mask, weights, dtype, plan.channels_last),
+        effective(x.shape, mask, weights, dtype, plan.channels_last),
         numbers,
         y,
         stats.reshape(-1).numpy(),
@@ -523,14 +490,14 @@ def accumulate_backward(
         y = torch.empty_like(grad)
         _accumulate_formulas(x, mask, weights, params, reduction, y, stats, plan)
     kind: Any = type(reduction)
-    array, numbers = _flat(x, channels_last), _parameters(params, dtype)
+    array, numbers = flat(x, channels_last), parameters(params, dtype)
     tag, saved = formulas.tag(kind, numbers), stats.reshape(-1).numpy()
-    scale = _effective(x, mask, weights, dtype, channels_last)
+    scale = effective(x.shape, mask, weights, dtype, channels_last)
     if needs[0] or needs[1]:
         by_weights = None
         if scale is not None:
             room = gw if gw.numel() else torch.empty_like(gx, dtype=dtype)
-            by_weights = _flat(room, channels_last)
+            by_weights = flat(room, channels_last)
         inputs = (array, scale, numbers, saved)
         divisor = _divisor(reduction)[1]
         _run_backward(tag, grad, *inputs, gx, by_weights, -1, divisor, plan)
@@ -586,7 +553,6 @@ def _by_parameter(
 ) -> Tensor:
     """The gradient by the parameter: sums by channel in float64, in one order whatever the number
     of threads."""
-    n, c = grad.shape[:2]
     last = plan.channels_last
     by_p = np.empty(plan.rows_out * plan.inner, params.dtype)
     threads.run(
@@ -595,7 +561,7 @@ def _by_parameter(
         _WORK * grad.numel() * plan.taps,
         _way(plan),
         tag,
-        _flat(grad, last),
+        flat(grad, last),
         x,
         weights,
         params,
@@ -604,10 +570,7 @@ def _by_parameter(
         plan.geo,
         plan.tab,
         plan.inner,
-        c,
+        grad.shape[1],
         plan.planes_each,
     )
-    by_p = by_p.reshape(n, -1, c) if last else by_p.reshape(n, c, -1).transpose(0, 2, 1)
-    total = by_p.sum((0, 1), dtype=np.float64)
-    total = total.sum(keepdims=True) if params.size == 1 else total
-    return torch.from_numpy(total).to(layout.compute_dtype(grad.dtype))
+    return by_channel(by_p, grad, params.size, last)

@@ -281,6 +281,29 @@ NEAR = 4
 
 
 @njit(**INNER)
+def visit_tabled(goal, tag, held, x, weights, rows, place, a, p):
+    """All taps of windows that a table gives: windows a constant apart that have every tap are
+    read as vectors."""
+    _, longest, step, places, counts = place
+    like = splat(x, 0)
+    numbers = lane_numbers(like)
+    at, has = load_as(places, 0, numbers), load_as(counts, 0, numbers)
+    first, stride = np.int64(places[0]), np.int64(places[1]) - places[0]
+    reach = first + (longest - 1) * step + stride * width(like)
+    is_even = 1 <= stride <= 4 and fits(x, rows[0], reach)
+    is_even = is_even and not any_lane((at - numbers * stride != first) | (has != longest))
+    for j in range(longest):
+        base = rows[0] + j * step
+        if is_even:
+            t = strided(x, base + first, stride, like)
+            w = weights_at(weights, base + first, stride, like)
+            held = take(goal, tag, held, t, w, None, j, a, p)
+        else:
+            held = take_edge(goal, tag, held, x, weights, base, at, has > j, j, a, p)
+    return held
+
+
+@njit(**INNER)
 def visit_window(goal, tag, held, x, weights, rows, codes, found, window, a, p):
     """All elements of one window, several of a row at a time."""
     first, end, start = window
@@ -361,6 +384,17 @@ class Listed(NamedTuple):
     tab: Any
 
 
+class Tabled(NamedTuple):
+    """Windows that a table gives, a lane each: `longest` taps at most, `step` apart; `places` of
+    their first taps and `counts` of their taps, int32."""
+
+    first: int
+    longest: int
+    step: int
+    places: Any
+    counts: Any
+
+
 class Whole(NamedTuple):
     """One window of single elements, many of its elements at a time."""
 
@@ -392,6 +426,10 @@ def _visit(place, goal, tag, held, x, weights, lines, geo, a, p):
     if kind is Listed:
         return lambda place, goal, tag, held, x, weights, lines, geo, a, p: visit_listed(
             goal, tag, held, x, weights, lines[0], lines[1], place, geo, a, p
+        )
+    if kind is Tabled:
+        return lambda place, goal, tag, held, x, weights, lines, geo, a, p: visit_tabled(
+            goal, tag, held, x, weights, lines[0], place, a, p
         )
     return lambda place, goal, tag, held, x, weights, lines, geo, a, p: across(
         goal, tag, visit_window(
@@ -431,7 +469,7 @@ def divisors(place: Any, like: Any, pads: Any, o: Any) -> Any:
 
 @inlined(divisors)
 def _divisors(place, like, pads, o):
-    if place.instance_class in (Outputs, Listed):
+    if place.instance_class in (Outputs, Listed, Tabled):
         return lambda place, like, pads, o: load_as(pads, o, like)
     return lambda place, like, pads, o: splat_as(like, pads[o])
 

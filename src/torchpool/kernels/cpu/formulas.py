@@ -319,31 +319,3 @@ def _zeros(tag, like):
         lambda tag, like: (alike(0, like), alike(0, like), alike(0, like)),
         lambda tag, like: (alike(0, like), alike(0, like), alike(0, like), alike(0, like)),
     )[_kind(tag).num_sums - 1]
-
-
-def padded(terms: Any) -> Any:
-    """A tuple of terms, filled up to four with zeros."""
-
-
-@inlined(padded)
-def _padded(terms):
-    return (
-        lambda terms: (terms[0], terms[0] * 0, terms[0] * 0, terms[0] * 0),
-        lambda terms: (terms[0], terms[1], terms[0] * 0, terms[0] * 0),
-        lambda terms: (terms[0], terms[1], terms[2], terms[0] * 0),
-        lambda terms: terms,
-    )[len(terms) - 1]
-
-
-def trimmed(tag: Any, sums: Any) -> Any:
-    """As many of a tuple of sums as the reduction keeps."""
-
-
-@inlined(trimmed)
-def _trimmed(tag, sums):
-    return (
-        lambda tag, sums: sums[:1],
-        lambda tag, sums: sums[:2],
-        lambda tag, sums: sums[:3],
-        lambda tag, sums: sums,
-    )[sums_of(tag) - 1]

@@ -67,13 +67,6 @@ class _Apart(_Part):
         super().add_ir_module(module)
 
 
-class _Loop(_Part):
-    """The same of functions whose loops LLVM turns into vectors: simplified early."""
-
-    def _optimize_functions(self, module: Any) -> None:
-        JITCodeLibrary._optimize_functions(self, module)
-
-
 class _Kernel(JITCodeLibrary):
     """What runs, optimised once: Numba does it twice to save counts of references, of which kernels
     have but a handful."""
@@ -103,12 +96,6 @@ class ApartCompiler(PartCompiler):
     """The same for functions that stay apart."""
 
     library = _Apart
-
-
-class LoopCompiler(PartCompiler):
-    """The same for functions that are loops over single numbers."""
-
-    library = _Loop
 
 
 class KernelCompiler(CompilerBase):

@@ -19,7 +19,6 @@ from torchpool.kernels.cpu import simd
 from torchpool.kernels.cpu.parts import (
     ApartCompiler,
     KernelCompiler,
-    LoopCompiler,
     PartCompiler,
 )
 from torchpool.kernels.cpu.simd import (
@@ -54,9 +53,6 @@ SELDOM: dict[str, Any] = {**APART, "pipeline_class": ApartCompiler}
 COPYING: dict[str, Any] = {**APART, "_nrt": True}
 """The same for functions that copy parts of arrays or return one: Numba counts references."""
 
-LOOPS: dict[str, Any] = {**COPYING, "pipeline_class": LoopCompiler}
-"""The same for functions whose loops LLVM is to turn into vectors."""
-
 JIT: dict[str, Any] = {
     **_COMMON,
     "cache": True,
@@ -64,10 +60,6 @@ JIT: dict[str, Any] = {
     "pipeline_class": KernelCompiler,
 }
 """Options of kernels."""
-
-JIT_LOOPS: dict[str, Any] = {"cache": True, "no_cfunc_wrapper": True, **_COMMON}
-"""Options of kernels whose loops LLVM is to turn into vectors."""
-
 
 inlined: Any = partial(overload, jit_options=INNER)  # type: ignore[arg-type]
 """`numba.extending.overload` for implementations that become a part of the kernels."""

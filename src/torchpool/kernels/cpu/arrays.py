@@ -1,0 +1,62 @@
+"""Tensors as the arrays that kernels take, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchpool.kernels import layout
+from torchpool.kernels.cpu.simd import BRAIN, HALF
+
+
+def flat(x: Tensor, channels_last: bool) -> Any:
+    """The memory of a dense tensor (N, C, ...) as a flat array; half formats as records."""
+    if channels_last:
+        x = x.movedim(1, -1)
+    x = x.detach().reshape(-1)
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.uint16).numpy().view(BRAIN)
+    if x.dtype == torch.float16:
+        return x.view(torch.uint16).numpy().view(HALF)
+    return (x.view(torch.uint8) if x.dtype == torch.bool else x).numpy()
+
+
+def effective(
+    shape: Sequence[int],
+    mask: Tensor | None,
+    weights: Tensor | None,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Any:
+    """Weights that are 0 where the mask is False, in the order of an x of that shape; None where
+    all are 1."""
+    if mask is None and weights is None:
+        return None
+    if weights is None:
+        assert mask is not None
+        made = mask.to(dtype)
+    else:
+        made = weights.detach().to(dtype)
+        made = made if mask is None else made.masked_fill(~mask, 0)
+    return flat(layout.to_layout(made.expand(shape), channels_last), channels_last)
+
+
+def parameters(params: Tensor | None, dtype: torch.dtype) -> Any:
+    """One number, or one per channel; 0 without a parameter."""
+    if params is None:
+        return np.zeros(1, np.float64 if dtype == torch.float64 else np.float32)
+    return params.detach().to(dtype).contiguous().reshape(-1).numpy()
+
+
+def by_channel(by_p: Any, grad: Tensor, count: int, channels_last: bool) -> Tensor:
+    """Derivatives by the parameter, one or more for each channel of grad (N, C, ...), as `count`
+    sums in float64, in one order whatever the number of threads."""
+    n, c = grad.shape[:2]
+    by_p = by_p.reshape(n, -1, c) if channels_last else by_p.reshape(n, c, -1).transpose(0, 2, 1)
+    total = by_p.sum((0, 1), dtype=np.float64)
+    total = total.sum(keepdims=True) if count == 1 else total
+    return torch.from_numpy(total).to(layout.compute_dtype(grad.dtype))

@@ -1,0 +1,477 @@
+"""Windows that a table gives: ragged batches, and segments of packed rows.
+
+Elements lie as (plane, position, inner): (N, T, C) in memory has N planes of C inner elements, (N,
+C, T) has N * C planes of one. A window is a run of taps: first position, number, and the table's
+step between them. What it becomes depends on its own elements alone, in an order that only its own
+number of taps decides, so that a sample gives the same bits alone and in any batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+from torchpool.kernels.cpu import formulas
+from torchpool.kernels.cpu.backward import (
+    elements,
+    fill_shares,
+    load_up_to,
+    num_shares,
+    put_first,
+    send,
+)
+from torchpool.kernels.cpu.direct import (
+    ByChannel,
+    Inner,
+    Tabled,
+    Whole,
+    fill_parameters,
+    merge_window,
+    parameter,
+    put_lanes,
+    slope,
+    solve,
+    with_window,
+    write,
+)
+from torchpool.kernels.cpu.scalars import INNER, JIT, empty_buffer, identity, inlined
+from torchpool.kernels.cpu.simd import (
+    choose,
+    lane,
+    lane_numbers,
+    load_as,
+    splat,
+    splat_as,
+    store,
+    width,
+)
+from torchpool.kernels.cpu.taking import VALUE, across
+
+SHORT = 16
+"""A window of fewer taps is a lane of its own; one of more is read along itself."""
+PART = 64
+"""Windows of a plane that are one piece of work, as many as vectors have lanes at most."""
+BLOCK = 256
+"""Inner elements of a window that are one piece of work."""
+FIRST, COUNT, PADDING = range(3)
+"""Columns of a table."""
+
+
+# Forward ------------------------------------------------------------------------------------
+
+
+def along(tag: Any, x: Any, weights: Any, lines: Any, state: Any, window: Any, p: Any, pads: Any,
+          o: Any, fixed: Any, is_mean: Any) -> Any:  # fmt: skip
+    """`solve` for one window that is read along itself; `window` is its first tap and how many."""
+
+
+@inlined(along)
+def _along(tag, x, weights, lines, state, window, p, pads, o, fixed, is_mean):
+    if weights == state == types.none and not formulas.is_tag(tag):
+
+        def merged(tag, x, weights, lines, state, window, p, pads, o, fixed, is_mean):
+            none = splat(x, identity(tag, x))
+            v = merge_window(tag, none, x, lines[0], 1, (0, window[1], window[0]))
+            return across(VALUE, tag, (v,))[0], None
+
+        return merged
+    return lambda tag, x, weights, lines, state, window, p, pads, o, fixed, is_mean: solve(
+        Whole(0, window[1], window[0]), tag, x, weights, lines, state, None, p, pads, o, fixed,
+        is_mean,
+    )  # fmt: skip
+
+
+@njit(**INNER)
+def is_along(step, count):
+    return step == 1 and count >= SHORT
+
+
+@njit(**INNER)
+def lay_out(table, begin, end, step, places, counts, pads, divisors, pad, fixed):
+    """The windows `begin .. end - 1` of a table's rows as lanes, those that are read along
+    themselves without taps. Returns the most taps of a lane, and whether there are others."""
+    longest, others = np.int64(0), False
+    places[:] = 0
+    counts[:] = 0
+    for i in range(end - begin):
+        row = table[begin + i]
+        others |= is_along(step, row[COUNT])
+        places[i] = row[FIRST]
+        counts[i] = 0 if is_along(step, row[COUNT]) else row[COUNT]
+        longest = max(longest, np.int64(counts[i]))
+        pads[i] = pad * row[PADDING]
+        divisors[i] = fixed if fixed != 0 else max(1, row[COUNT] + pad * row[PADDING])
+    return longest, others
+
+
+@njit(**INNER)
+def part_of_plane(tag, x, weights, q, y, state, at, lines, table, step, room, pad, fixed,
+                  is_mean):  # fmt: skip
+    """Windows of one plane with one inner element; `table` holds at most as many rows as a vector
+    has lanes."""
+    places, counts, pads, divisors = room
+    like = splat(x, 0)
+    lanes = lane_numbers(like)
+    number = table.shape[0]
+    longest, others = lay_out(table, 0, number, step, places, counts, pads, divisors,
+                              pad, fixed)  # fmt: skip
+    place = Tabled(0, longest, step, places, counts)
+    v, kept = solve(place, tag, x, weights, lines, state, None, q, pads, 0, fixed, is_mean)
+    if others:
+        for i in range(number):
+            window = table[i, FIRST], table[i, COUNT]
+            if is_along(step, window[1]):
+                found = along(tag, x, weights, lines, state, window, q, pads, i, fixed, is_mean)
+                v, kept = with_window(lanes == i, found, (v, kept))
+    for i in range(number):
+        counts[i] = table[i, COUNT]
+    v = choose(load_as(counts, 0, lanes) > 0, v, like)
+    one = divisors.dtype.type(1)
+    write(y, state, at, v, kept, number, divisors, 0, one, tag, is_mean)
+
+
+@njit(**INNER)
+def block_of_window(tag, x, weights, params, row, y, state, at, lines, window, step, c, inner, room,
+                    pad, fixed, is_mean):  # fmt: skip
+    """One window in a block of the inner elements, from `c` on; lanes are inner elements."""
+    _, _, pads, ones = room
+    like = splat(x, 0)
+    number = ones.dtype.type
+    first, count, padding = window
+    pads[0] = pad * padding
+    scale = number(fixed if fixed != 0 else max(1, count + pad * padding))
+    for k in range(c, min(c + BLOCK, inner), width(like)):
+        left = min(width(like), inner - k)
+        place = Inner(0, count, first, step, k, left, inner)
+        p = parameter(params, row, k, like)
+        v, kept = solve(place, tag, x, weights, lines, state, None, p, pads, 0, fixed, is_mean)
+        if count == 0:
+            v = like
+        write(y, state, at + k, v, kept, left, ones, 0, scale, tag, is_mean)
+
+
+def piece(way: Any, *args: Any) -> None:
+    """The outputs of one piece of work."""
+
+
+@inlined(piece)
+def _piece(way, *args):
+    if way.instance_class is ByChannel:
+        return lambda way, *args: piece_of_channels(*args)
+    return lambda way, *args: piece_of_windows(*args)
+
+
+@njit(**INNER)
+def piece_of_windows(tag, x, weights, params, row, y, state, plane, part, lines, table, step, inner,
+                     room, pad, fixed, is_mean):  # fmt: skip
+    outs = table.shape[0]
+    q = parameter(params, row, 0, splat(x, 0))
+    for o in range(part * PART, min(outs, (part + 1) * PART), width(x)):
+        some = table[o : min(outs, o + width(x))]
+        at = plane * outs + o
+        part_of_plane(tag, x, weights, q, y, state, at, lines, some, step, room, pad, fixed,
+                      is_mean)  # fmt: skip
+
+
+@njit(**INNER)
+def piece_of_channels(tag, x, weights, params, row, y, state, plane, part, lines, table, step,
+                      inner, room, pad, fixed, is_mean):  # fmt: skip
+    blocks = -(-inner // BLOCK)
+    o, c = part // blocks, part % blocks * BLOCK
+    window = table[o, FIRST], table[o, COUNT], table[o, PADDING]
+    at = (plane * table.shape[0] + o) * inner
+    block_of_window(tag, x, weights, params, row, y, state, at, lines, window, step, c, inner, room,
+                    pad, fixed, is_mean)  # fmt: skip
+
+
+@njit(**INNER)
+def pieces(outs, inner):
+    """Pieces of work of a plane."""
+    return -(-outs // PART) if inner == 1 else outs * -(-inner // BLOCK)
+
+
+@njit(**JIT)
+def forward(begin, end, way, tag, x, weights, params, y, state, table, size, inner, channels,
+            planes_each, per, step, pad, fixed, is_mean):  # fmt: skip
+    """Pieces `begin .. end - 1`: up to PART windows of a plane of single elements, or a BLOCK of
+    the inner elements of one window.
+
+    Args:
+        weights, params, state: as those of `direct.direct`.
+        table: int64 (rows, windows of a plane, 3); `per` planes share a row, in turns.
+        size: positions of a plane.
+        step: between the taps of a window.
+        pad: whether a mean counts the padding that the table tells, 0 or 1.
+        fixed: what a mean divides by instead of a number of taps; 0 for that.
+    """
+    lanes = width(x)
+    row = empty_buffer(x, inner + lanes)
+    places, counts = np.zeros(PART, np.int32), np.zeros(PART, np.int32)
+    pads, divisors = empty_buffer(x, PART), empty_buffer(x, PART)
+    pads[:] = 0
+    divisors[:] = 1
+    room = places, counts, pads, divisors
+    lines = np.zeros(1, np.int64), np.zeros(1, np.int64), 1
+    each = pieces(table.shape[1], inner)
+    last = np.int64(-1)
+    for unit in range(begin, end):
+        plane = unit // each
+        if plane != last:
+            if params is not None:
+                fill_parameters(row, params, plane, inner, planes_each, channels)
+            lines[0][0] = plane * size * inner
+            last = plane
+        windows = table[plane // per % table.shape[0]]
+        piece(way, tag, x, weights, params, row, y, state, plane, unit % each, lines, windows, step,
+              inner, room, pad, fixed, is_mean)  # fmt: skip
+
+
+# Backward -----------------------------------------------------------------------------------
+
+
+def clear(out: Any, begin: Any, end: Any) -> None:
+    """Zeros in the elements `begin .. end - 1`; None has none."""
+
+
+@inlined(clear)
+def _clear(out, begin, end):
+    if out == types.none:
+        return lambda out, begin, end: None
+
+    def zeros(out, begin, end):
+        none = splat(out, 0)
+        for i in range(begin, end, width(out)):
+            put_lanes(out, i, none, end - i)
+
+    return zeros
+
+
+def so_far(array: Any, at: Any, count: Any, like: Any) -> Any:
+    """What elements have got already; zeros of None."""
+
+
+@inlined(so_far)
+def _so_far(array, at, count, like):
+    if array == types.none:
+        return lambda array, at, count, like: like
+    return lambda array, at, count, like: load_up_to(array, at, count)
+
+
+@njit(**INNER)
+def send_run(tag, x, weights, params, p, gx, gw, at, length, shares, inner, is_fresh):
+    """What a window sends to `length` elements side by side; fresh ones have got nothing yet."""
+    like = splat(gx, 0)
+    for k in range(0, length, width(like)):
+        left, c = length - k, k if inner > 1 else 0
+        v, w = elements(x, at + k, 1, left, like), elements(weights, at + k, 1, left, like)
+        held = like, like
+        if not is_fresh:
+            held = load_up_to(gx, at + k, left), so_far(gw, at + k, left, like)
+        q = parameter(params, p, c, like)
+        total = send(tag, held, shares, None, c, np.int64(0), v, w, q)
+        put_lanes(gx, at + k, total[0], left)
+        put_first(gw, at + k, total[1], left)
+
+
+@njit(**INNER)
+def send_taps(tag, x, weights, params, p, gx, gw, at, taps, step, shares, inner, is_fresh):
+    """What a window sends to `taps` of its taps, of which the first begins at element `at`."""
+    if inner == 1 and step == 1:
+        send_run(tag, x, weights, params, p, gx, gw, at, taps, shares, inner, is_fresh)
+        return
+    for j in range(taps):
+        begin = at + j * step * inner
+        send_run(tag, x, weights, params, p, gx, gw, begin, inner, shares, inner, is_fresh)
+
+
+@njit(**INNER)
+def send_window(tag, x, weights, params, p, gx, gw, base, window, low, high, done, step, shares,
+                inner):  # fmt: skip
+    """What a window sends to the rows `low .. high - 1` of a plane that begins at element `base`.
+    Rows from `done` on have got nothing yet; returns the first such row."""
+    first, count = window
+    start = max(0, -((first - low) // step))
+    stop = min(count, (high - first + step - 1) // step)
+    if stop <= start:
+        return done
+    fresh = stop
+    if step == 1:
+        if first + start > done:
+            clear(gx, base + done * inner, base + (first + start) * inner)
+            clear(gw, base + done * inner, base + (first + start) * inner)
+            done = first + start
+        fresh = min(stop, max(start, done - first))
+        done = max(done, first + stop)
+    at = base + (first + start * step) * inner
+    send_taps(tag, x, weights, params, p, gx, gw, at, fresh - start, step, shares, inner, False)
+    at = base + (first + fresh * step) * inner
+    send_taps(tag, x, weights, params, p, gx, gw, at, stop - fresh, step, shares, inner, True)
+    return done
+
+
+@njit(**INNER)
+def lay_shares(tag, shares, g, state, row, windows, begin, end, inner, counts, pad, fixed,
+               p, params):  # fmt: skip
+    """The shares of the windows `begin .. end - 1` of a plane, whose outputs begin at `row`."""
+    scale = shares.dtype.type(1)
+    if counts.size:
+        for i in range(begin, end):
+            n = fixed if fixed != 0 else max(1, windows[i, COUNT] + pad * windows[i, PADDING])
+            for c in range(inner):
+                counts[(i - begin) * inner + c] = n
+    elif fixed != 0:
+        scale = shares.dtype.type(0)
+    fill_shares(tag, shares, None, 0, g, state, row + begin * inner, (end - begin) * inner, g.size,
+                counts, scale, p, params)  # fmt: skip
+
+
+@njit(**INNER)
+def widen(wide, shares, i):
+    """The share of one output in all lanes."""
+    for k in range(wide.shape[0]):
+        store(wide[k], 0, splat_as(splat(wide, 0), shares[k, i]))
+
+
+@njit(**JIT)
+def backward(begin, end, tag, g, x, weights, params, state, gx, gw, table, size, inner, channels,
+             planes_each, per, step, blocks, pad, fixed, is_mean):  # fmt: skip
+    """Pieces `begin .. end - 1`: a block of the rows of a plane each, of which each row gets what
+    its windows send, in their order.
+
+    Args:
+        state: what the forward pass kept; None for a linear accumulation.
+        gw: None where there are no weights.
+        is_mean: whether a linear accumulation divides.
+    """
+    lanes, outs = width(gx), table.shape[1]
+    number = empty_buffer(gx, 0).dtype.type
+    some = PART if inner == 1 else 1
+    shares = np.zeros((num_shares(tag), some * inner + lanes), number)
+    wide = np.zeros((num_shares(tag), lanes), number)
+    counts = np.ones(some * inner + lanes if is_mean else 0, number)
+    p = np.zeros(some * inner + lanes, number)
+    last = np.int64(-1)
+    for unit in range(begin, end):
+        plane, block = unit // blocks, unit % blocks
+        low, high = size * block // blocks, size * (block + 1) // blocks
+        if params is not None and plane != last:
+            fill_parameters(p, params, plane, inner, planes_each, channels)
+            last = plane
+        windows = table[plane // per % table.shape[0]]
+        base, done = plane * size * inner, low
+        if step > 1:
+            clear(gx, base + low * inner, base + high * inner)
+            clear(gw, base + low * inner, base + high * inner)
+            done = high
+        known, laid = np.int64(0), np.int64(0)
+        for o in range(outs):
+            first, count = windows[o, FIRST], windows[o, COUNT]
+            if count == 0 or first >= high or first + (count - 1) * step < low:
+                continue
+            if o >= known:
+                laid, known = o, min(outs, o + some)
+                lay_shares(tag, shares, g, state, plane * outs * inner, windows, o, known,
+                           inner, counts, pad, fixed, p, params)  # fmt: skip
+            sent = shares
+            if inner == 1:
+                widen(wide, shares, o - laid)
+                sent = wide
+            done = send_window(tag, x, weights, params, p, gx, gw, base, (first, count), low, high,
+                               done, step, sent, inner)  # fmt: skip
+        clear(gx, base + done * inner, base + high * inner)
+        clear(gw, base + done * inner, base + high * inner)
+
+
+# The derivative by the parameter ------------------------------------------------------------
+
+
+def slopes(way: Any, *args: Any) -> None:
+    """The derivatives of one piece of work."""
+
+
+@inlined(slopes)
+def _slopes(way, *args):
+    if way.instance_class is ByChannel:
+        return lambda way, *args: slopes_of_channels(*args)
+    return lambda way, *args: slopes_of_windows(*args)
+
+
+@njit(**INNER)
+def slopes_of_windows(tag, g, x, weights, params, row, state, by_p, plane, part, lines, table, step,
+                      inner, room):  # fmt: skip
+    places, counts, pads, divisors = room
+    outs, like = table.shape[0], splat(x, 0)
+    p = parameter(params, row, 0, like)
+    for o in range(part * PART, min(outs, (part + 1) * PART), width(like)):
+        end, at = min(outs, o + width(like)), plane * outs + o
+        longest, others = lay_out(table, o, end, step, places, counts, pads, divisors, 0, 0.0)
+        place = Tabled(0, longest, step, places, counts)
+        v = slope(place, tag, g, x, weights, lines, state, at, end - o, g.size, None, p)
+        put_lanes(by_p, at, v, end - o)
+        for i in range(o, end if others else o):
+            if is_along(step, table[i, COUNT]):
+                one = Whole(0, table[i, COUNT], table[i, FIRST])
+                to = plane * outs + i
+                v = slope(one, tag, g, x, weights, lines, state, to, 1, g.size, None, p)
+                by_p[to] = lane(v, 0)
+
+
+@njit(**INNER)
+def slopes_of_channels(tag, g, x, weights, params, row, state, by_p, plane, part, lines, table,
+                       step, inner, room):  # fmt: skip
+    like = splat(x, 0)
+    blocks = -(-inner // BLOCK)
+    o, begin = part // blocks, part % blocks * BLOCK
+    for c in range(begin, min(begin + BLOCK, inner), width(like)):
+        left, at = min(width(like), inner - c), (plane * table.shape[0] + o) * inner + c
+        place = Inner(0, table[o, COUNT], table[o, FIRST], step, c, left, inner)
+        p = parameter(params, row, c, like)
+        v = slope(place, tag, g, x, weights, lines, state, at, left, g.size, None, p)
+        put_lanes(by_p, at, v, left)
+
+
+@njit(**JIT)
+def by_parameter(begin, end, way, tag, g, x, weights, params, state, by_p, table, size, inner,
+                 channels, planes_each, per, step):  # fmt: skip
+    """The derivatives by the parameter, one for each output; pieces as those of `forward`."""
+    row = empty_buffer(x, inner + width(x))
+    places, counts = np.zeros(PART, np.int32), np.zeros(PART, np.int32)
+    room = places, counts, empty_buffer(x, PART), empty_buffer(x, PART)
+    lines = np.zeros(1, np.int64), np.zeros(1, np.int64), 1
+    each = pieces(table.shape[1], inner)
+    last = np.int64(-1)
+    for unit in range(begin, end):
+        plane = unit // each
+        if plane != last:
+            fill_parameters(row, params, plane, inner, planes_each, channels)
+            lines[0][0] = plane * size * inner
+            last = plane
+        windows = table[plane // per % table.shape[0]]
+        slopes(way, tag, g, x, weights, params, row, state, by_p, plane, unit % each, lines,
+               windows, step, inner, room)  # fmt: skip
+
+
+# The gradient of a selection ----------------------------------------------------------------
+
+
+@njit(**JIT)
+def scatter(begin, end, g, state, gx, table, size, inner, per, step, blocks):
+    """Pieces as those of `backward`: each winner gets its windows' gradients, in their order."""
+    outs = table.shape[1]
+    for unit in range(begin, end):
+        plane, block = unit // blocks, unit % blocks
+        low, high = size * block // blocks, size * (block + 1) // blocks
+        base = plane * size * inner
+        clear(gx, base + low * inner, base + high * inner)
+        windows = table[plane // per % table.shape[0]]
+        for o in range(outs):
+            first, count = windows[o, FIRST], windows[o, COUNT]
+            if count == 0 or first >= high or first + (count - 1) * step < low:
+                continue
+            at = (plane * outs + o) * inner
+            for c in range(inner):
+                row = first + np.int64(state[at + c]) * step
+                if low <= row < high:
+                    gx[base + row * inner + c] += g[at + c]
