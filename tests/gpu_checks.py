@@ -7,6 +7,7 @@ import itertools
 import sys
 from dataclasses import dataclass
 
+import interpreter
 import numpy as np
 import oracle
 import torch
@@ -411,7 +412,17 @@ def layers() -> None:
     assert all(g is not None and g.isfinite().all() for g in got)
 
 
+CHECKED_FOR_OVERFLOW = (
+    "selection",
+    "selection_of_everything",
+    "accumulation_of_everything",
+    "layers",
+)
+"""Groups that watch every integer, with kernels of all families among them."""
+
+
 if __name__ == "__main__":
+    interpreter.hasten(checks_overflow=sys.argv[1] in CHECKED_FOR_OVERFLOW)
     poison()
     small.BYTES = 0  # tiny inputs are checked, not handed to torch
     with np.errstate(all="ignore"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 
+import interpreter
 import torch
 
 import torchpool as tp
@@ -88,4 +89,5 @@ def main():
 
 
 if __name__ == "__main__":
+    interpreter.hasten(checks_overflow=False)
     main()

@@ -274,7 +274,7 @@ def test_an_interrupted_study_loses_nothing(tmp_path):
     command = [*RUN, "study", "--data", str(_pictures(tmp_path / "data")), "--arms", "max,average"]
     command += ["--epochs", "1", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
-        [*command, "--seeds", "2000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--seeds", "100"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     file = tmp_path / "out" / "trials.db"
     deadline = time.monotonic() + 120
