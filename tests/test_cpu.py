@@ -223,6 +223,33 @@ def test_integers(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("taps", [1, 2, 7, 511, 512, 40_000])
+def test_sums_and_means_of_integers_are_exact(dtype: torch.dtype, taps: int) -> None:
+    """The least, the largest and one less: where a quotient rounded to the nearest would be a whole
+    number that the exact one is not, and where sums outgrow the format that they are made in."""
+    limits = torch.iinfo(dtype)
+    limit = limits.max if dtype != torch.int64 else 1 << 40
+    rows = torch.full((3, 1, taps), limit, dtype=dtype)
+    rows[1, 0, -1] -= 1
+    rows[2] = limits.min if dtype != torch.int64 else -limit
+    rows[2, 0, 0] += 1
+    totals = [sum(row) for row in rows[:, 0].tolist()]
+
+    def cut(total: int, divisor: int) -> int:
+        return abs(total) // abs(divisor) * (1 if total * divisor > 0 else -1)
+
+    for windows in (Global(), Window(taps)):
+        assert pool(rows, Sum(), windows).flatten().tolist() == totals
+        means = [cut(total, taps) for total in totals]
+        assert pool(rows, Mean(), windows).flatten().tolist() == means
+        for divisor in (1, -3, 1 << 24):
+            found = pool(rows, Mean(divisor=divisor), windows).flatten()
+            exact = [cut(total, divisor) for total in totals]
+            wrapped = [(e - limits.min) % (1 << limits.bits) + limits.min for e in exact]
+            assert found.tolist() == wrapped, divisor
+
+
 def test_huge_half_values_survive() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         limits = torch.finfo(dtype)

@@ -49,11 +49,11 @@ def check_lengths(lengths: Any, size: int, device: torch.device, *, count: int |
         raise ValueError(f"lengths of shape {tuple(made.shape)} must have the shape {wanted}")
     if not is_readable(made):
         return made.clamp(0, size)
-    least, most = made.aminmax() if made.numel() else (0, 0)
-    if not 0 <= int(least) <= int(most) <= size:
-        sample = int(((made < 0) | (made > size)).nonzero()[0])
+    known = made.numpy()
+    if known.size and not 0 <= known.min() <= known.max() <= size:
+        sample = int(((known < 0) | (known > size)).argmax())
         raise ValueError(
-            f"lengths[{sample}]={int(made[sample])} must lie in [0, {size}], "
+            f"lengths[{sample}]={known[sample]} must lie in [0, {size}], "
             f"the elements along the axis"
         )
     return made
@@ -78,17 +78,18 @@ def check_offsets(offsets: Any, size: int, device: torch.device) -> Tensor:
         )
     if not is_readable(made):
         return made.clamp(0, size).cummax(0).values
-    if int(made[0]) != 0 or int(made[-1]) != size:
+    known = made.numpy()
+    if known[0] != 0 or known[-1] != size:
         raise ValueError(
-            f"offsets run from {int(made[0])} to {int(made[-1])}; they must run from 0 to "
+            f"offsets run from {known[0]} to {known[-1]}; they must run from 0 to "
             f"{size}, the number of packed rows"
         )
-    falls = made[1:] < made[:-1]
-    if bool(falls.any()):
-        i = int(falls.nonzero()[0])
+    falls = known[1:] < known[:-1]
+    if falls.any():
+        i = int(falls.argmax())
         raise ValueError(
-            f"offsets must not decrease, but offsets[{i}]={int(made[i])} > "
-            f"offsets[{i + 1}]={int(made[i + 1])}"
+            f"offsets must not decrease, but offsets[{i}]={known[i]} > "
+            f"offsets[{i + 1}]={known[i + 1]}"
         )
     return made
 

@@ -47,6 +47,17 @@ class Valid:
             return self.lengths.unsqueeze(-1)
         return self.mask.sum(-1, keepdim=True)
 
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Where each sample's first and last valid elements stand, (N,); anywhere if it has
+        none."""
+        if self.lengths is None:
+            mask = self.mask.to(torch.uint8)
+            return mask.argmax(-1), self.size - 1 - mask.flip(-1).argmax(-1)
+        if self.padding_side == "right":
+            return torch.zeros_like(self.lengths), (self.lengths - 1).clamp(min=0)
+        first = (self.size - self.lengths).clamp(max=self.size - 1)
+        return first, torch.full_like(self.lengths, self.size - 1)
+
     def some(self) -> Tensor:
         """Whether a sample has any valid element, (N,)."""
         return self.mask.any(-1) if self.lengths is None else self.lengths > 0
@@ -208,7 +219,7 @@ def among(valid: Valid | None) -> dict[str, Any]:
 
 def cleaned(x: Tensor, valid: Valid | None) -> Tensor:
     """x (N, C, T) with zeros for what is not valid, so that products do not meet a NaN there."""
-    return x if valid is None else x.masked_fill(~valid.mask[:, None], 0)
+    return x if valid is None else torch.where(valid.mask[:, None], x, 0.0)
 
 
 def softmax_over_time(scores: Tensor, valid: Valid | None) -> Tensor:

@@ -40,7 +40,7 @@ class FirstToken(OverTime):
     def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         if valid is None:
             return x[:, :, 0]
-        return _take(x, valid.mask.to(torch.uint8).argmax(-1))
+        return _take(x, valid.ends()[0])
 
 
 class LastToken(OverTime):
@@ -60,7 +60,7 @@ class LastToken(OverTime):
     def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         if valid is None:
             return x[:, :, -1]
-        return _take(x, x.shape[2] - 1 - valid.mask.flip(-1).to(torch.uint8).argmax(-1))
+        return _take(x, valid.ends()[1])
 
 
 def _take(x: Tensor, place: Tensor) -> Tensor:

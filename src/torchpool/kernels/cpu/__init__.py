@@ -18,7 +18,7 @@ from torchpool.kernels import layout
 from torchpool.kernels.cpu import backward as gradients
 from torchpool.kernels.cpu import direct, formulas, leaf, scatter, shares, sweep, threads
 from torchpool.kernels.cpu import plan as plans
-from torchpool.kernels.cpu.arrays import by_channel, effective, flat, parameters
+from torchpool.kernels.cpu.arrays import by_channel, effective, flat, lanes_of, parameters, whole
 from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.plan import PADDED, VALID, Plan
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
@@ -30,8 +30,6 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LARGEST, _SMALLEST, _TOTAL = Largest(), Smallest(), Total()
 _MANY_COVERS = 36
 """Where more windows cover an element, it is cheaper to ask each window for its winner."""
-_VECTOR = 64
-"""Bytes of a vector register at most."""
 _WORK = 4
 """What an element of an accumulation costs, as bytes of traffic, when threads are counted."""
 
@@ -127,7 +125,7 @@ def _merge(
     traffic = x.nbytes + y.nbytes
     if state is None and mask is None:
         arrays: tuple[Any, ...] = flat(x, last), flat(y, last)
-        _do(_values(tag, x, column, divisor, plan), traffic, arrays)
+        _do(_values(tag, arrays[0], column, divisor, plan), traffic, arrays)
     elif plan.is_large and mask is None:
         assert state is not None
         arrays = flat(x, last), flat(y, last), flat(state, last)
@@ -150,12 +148,12 @@ def _do(job: _Job, traffic: int, arrays: tuple[Any, ...]) -> None:
     threads.run(job.kernel, job.units, job.effort * traffic, *job.arguments(*arrays))
 
 
-def _values(tag: Any, x: Tensor, column: int, divisor: float, plan: Plan) -> _Job:
-    """Which kernel makes the values of all windows of tensors like x; its arrays are x and y."""
+def _values(tag: Any, x: Any, column: int, divisor: float, plan: Plan) -> _Job:
+    """Which kernel makes the values of all windows of arrays like x; its arrays are x and y."""
     geometry, ends = (plan.geo, plan.tab), (column, divisor)
     if plan.is_leaf:
         return _Job(leaf.leaf, plan.rows_out, lambda x, y: (tag, x, y, *geometry, *ends))
-    if plan.inner * x.element_size() >= _VECTOR and plan.taps <= plans.LARGE:
+    if plan.inner >= lanes_of(x.dtype) and plan.taps <= plans.LARGE:
         return _Job(
             leaf.channels, plan.rows_out, lambda x, y: (tag, x, y, *geometry, plan.inner, *ends)
         )
@@ -176,6 +174,25 @@ def _large(tag: Any, column: int, divisor: float, plan: Plan) -> _Job:
     return _Job(sweep.sweep, units, arguments, effort=4)
 
 
+def _arrays(x: Tensor, y: Tensor, selects: bool, plan: Plan) -> tuple[Any, Any] | None:
+    """The input and the values of all windows as kernels take them; None where sums of integers
+    might not be exact."""
+    last = plan.channels_last
+    if selects or x.dtype.is_floating_point:
+        return flat(x, last), flat(y, last)
+    numbers = whole(x, last, plan.taps)
+    if numbers is None:
+        return None
+    return numbers, flat(y, last) if y.dtype != x.dtype else whole(y, last, plan.taps)
+
+
+def _job(reduction: Selection | Accumulation, x: Any, plan: Plan) -> _Job:
+    """Which kernel makes the values of all windows of an array."""
+    if isinstance(reduction, Selection):
+        return _values(_LARGEST if reduction.largest else _SMALLEST, x, -1, 0.0, plan)
+    return _values(_TOTAL, x, *_divisor(reduction), plan)
+
+
 def ready(
     like: Tensor, reduction: Selection | Accumulation, axes: Sequence[Axis]
 ) -> Callable[[Tensor], Tensor] | None:
@@ -183,29 +200,26 @@ def ready(
     and dtype. What does not depend on the elements is worked out once. None where that is not
     worth it."""
     last, outs = layout.is_channels_last(like), [axis.out_size for axis in axes]
+    if not like.numel() or not (last or like.is_contiguous()):
+        return None
     selects = isinstance(reduction, Selection)
-    dense = last or like.is_contiguous()
-    if not dense or not like.numel() or not (selects or like.dtype.is_floating_point):
-        return None
     plan = _plan(like, axes, last, True)
-    if isinstance(reduction, Selection):
-        job = _values(_LARGEST if reduction.largest else _SMALLEST, like, -1, 0.0, plan)
-    else:
-        job = _values(_TOTAL, like, *_divisor(reduction), plan)
-    clears = selects and plan.has_empty
     example = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
-    result = layout.empty_like(example, outs)
-    if not result.numel():
+    dtype = like.dtype if selects else layout.result_dtype(like.dtype, reduction)  # type: ignore
+    result = layout.empty(example, outs, last, dtype)
+    arrays = _arrays(example, result, selects, plan)
+    if arrays is None or not result.numel():
         return None
+    job = _job(reduction, arrays[0], plan)
+    clears = selects and plan.has_empty
     shape, strides = result.shape, result.stride()
     traffic = job.effort * (example.nbytes + result.nbytes)
-    arrays = flat(example, last), flat(result, last)
     prepared = shares.Call(job.kernel, job.units, job.arguments(*arrays), arrays)
 
     def call(x: Tensor) -> Tensor:
-        y = in_large_pages(x.new_empty_strided(shape, strides))
+        y = in_large_pages(x.new_empty_strided(shape, strides, dtype=dtype))
         if not prepared.run(*threads.split(job.units, traffic), x.data_ptr(), y.data_ptr()):
-            threads.fail(job.kernel, job.units, job.arguments(flat(x, last), flat(y, last)))
+            threads.fail(job.kernel, job.units, job.arguments(*_arrays(x, y, selects, plan)))  # type: ignore
         if clears:
             _clear_empty(y, axes)
         return y
@@ -414,21 +428,38 @@ def accumulate(
 def _accumulate_integers(
     x: Tensor, reduction: Accumulation, axes: Sequence[Axis]
 ) -> tuple[Tensor, Tensor]:
-    """Sums in int64; a mean is cut towards zero, as torch does."""
+    """Sums as int64; a mean is cut towards zero, as torch does.
+
+    A quotient s / d that is no integer lies at least 1 / d from one, and its rounding error below
+    that as long as s is exact: it is cut where the exact quotient would be.
+    """
+    last, outs = layout.is_channels_last(x), [axis.out_size for axis in axes]
+    y = layout.empty(x, outs, last, layout.result_dtype(x.dtype, reduction))
+    stats = layout.empty_stats(x, [], reduction, False)
+    plan = _plan(x, axes, last, True)
+    arrays = _arrays(x, y, False, plan)
+    if arrays is None:
+        return _accumulate_in_int64(x, reduction, axes), stats
+    if y.numel():
+        _do(_job(reduction, arrays[0], plan), x.nbytes + y.nbytes, arrays)
+    return y, stats
+
+
+def _accumulate_in_int64(x: Tensor, reduction: Accumulation, axes: Sequence[Axis]) -> Tensor:
+    """The same of numbers whose sums floating point might round."""
     total = layout.empty_like(x, [axis.out_size for axis in axes], torch.int64)
     if total.numel():
         plan = _plan(x, axes, layout.is_channels_last(x))
         _merge(_TOTAL, x.to(torch.int64), None, total, None, -1, 0.0, plan)
-    stats = layout.empty_stats(x, [], reduction, False)
     column, divisor = _divisor(reduction)
     if column < 0:
-        return total, stats
+        return total
     counts: Tensor | int = int(divisor) or 1
     if not divisor:
         for i, axis in enumerate(axes):
             table = torch.tensor(axis.counts(column == PADDED)).clamp(min=1)
             counts = counts * table.reshape(-1, *(1,) * (len(axes) - 1 - i))
-    return torch.div(total, counts, rounding_mode="trunc").to(x.dtype), stats
+    return torch.div(total, counts, rounding_mode="trunc").to(x.dtype)
 
 
 def _accumulate_formulas(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchpool.kernels import layout
-from torchpool.kernels.cpu.simd import BRAIN, HALF
+from torchpool.kernels.cpu.simd import BRAIN, BYTES, DOUBLE, HALF, SINGLE, record
 
 
 def flat(x: Tensor, channels_last: bool) -> Any:
@@ -23,6 +23,27 @@ def flat(x: Tensor, channels_last: bool) -> Any:
     if x.dtype == torch.float16:
         return x.view(torch.uint16).numpy().view(HALF)
     return (x.view(torch.uint8) if x.dtype == torch.bool else x).numpy()
+
+
+def lanes_of(dtype: Any) -> int:
+    """How many numbers of such an array a vector holds."""
+    if dtype.names:
+        return BYTES // (8 if DOUBLE in dtype.names else 4)
+    return int(BYTES // dtype.itemsize)
+
+
+def whole(x: Tensor, channels_last: bool, terms: int) -> Any:
+    """As `flat` for integers of which sums of `terms` are made: as records that are computed in
+    floating point where every such sum is exact there; None where it need not be."""
+    most = terms * -torch.iinfo(x.dtype).min if x.dtype.is_signed else terms * 255
+    name = next((name for name, limit in _EXACT.items() if most < limit), None)
+    if name is None or x.dtype == torch.int64:
+        return None
+    numbers = flat(x, channels_last)
+    return numbers.view(record(name, numbers.dtype))
+
+
+_EXACT = {SINGLE: 1 << 24, DOUBLE: 1 << 53}
 
 
 def effective(

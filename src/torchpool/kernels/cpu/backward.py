@@ -40,8 +40,9 @@ from torchpool.kernels.cpu.lines import (
     split,
     taps_of,
 )
+from torchpool.kernels.cpu.parts import APART, INNER, JIT, inlined
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, STRIDE
-from torchpool.kernels.cpu.scalars import APART, INNER, JIT, Total, empty_buffer, inlined
+from torchpool.kernels.cpu.scalars import Total, empty_buffer
 from torchpool.kernels.cpu.simd import (
     braided_high,
     braided_low,

@@ -34,6 +34,7 @@ from torchpool.kernels.cpu.lines import (
     taps_of,
     window_rows,
 )
+from torchpool.kernels.cpu.parts import APART, INNER, JIT, inlined
 from torchpool.kernels.cpu.plan import (
     BEFORE,
     DILATION,
@@ -50,14 +51,10 @@ from torchpool.kernels.cpu.plan import (
     VALID,
 )
 from torchpool.kernels.cpu.scalars import (
-    APART,
-    INNER,
-    JIT,
     Total,
     element,
     empty_buffer,
     identity,
-    inlined,
     merge,
     merge3,
     over,

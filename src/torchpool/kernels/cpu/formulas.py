@@ -19,7 +19,8 @@ from numba import njit, types
 
 from torchpool import reductions
 from torchpool.kernels.cpu import scalars
-from torchpool.kernels.cpu.scalars import inlined, is_single
+from torchpool.kernels.cpu.parts import INNER, inlined
+from torchpool.kernels.cpu.scalars import is_single
 from torchpool.kernels.cpu.simd import Vector, splat_as
 from torchpool.reductions import Accumulation
 
@@ -115,7 +116,7 @@ def _compile(single: bool) -> Any:
                 co_consts=tuple(_single(c) for c in formula.__code__.co_consts)
             )
             formula = FunctionType(code, scope, formula.__name__, formula.__defaults__)
-        return njit(formula, error_model="numpy", nogil=True, forceinline=True)
+        return njit(formula, **INNER)
 
     return wrap
 

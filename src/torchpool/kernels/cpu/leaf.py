@@ -31,18 +31,9 @@ from torchpool.kernels.cpu.lines import (
     window_levels,
     window_rows,
 )
+from torchpool.kernels.cpu.parts import COPYING, INNER, JIT, SELDOM
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, STRIDE
-from torchpool.kernels.cpu.scalars import (
-    COPYING,
-    INNER,
-    JIT,
-    SELDOM,
-    empty_buffer,
-    identity,
-    merge,
-    merge3,
-    over,
-)
+from torchpool.kernels.cpu.scalars import empty_buffer, identity, merge, merge3, over
 from torchpool.kernels.cpu.simd import (
     after1,
     after2,
@@ -113,7 +104,7 @@ def columns(tag, x, rows, at, size):
 def emit(y, at, o, outs, v, counts, scale, is_mean):
     if is_mean:
         v = over(v, counts, o, scale)
-    if o + width(y) <= outs:
+    if o + width(v) <= outs:
         store(y, at + o, v)
     else:
         store_first(y, at + o, v, outs - o)

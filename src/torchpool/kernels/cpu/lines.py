@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from torchpool.kernels.cpu.parts import INNER
 from torchpool.kernels.cpu.plan import (
     BEFORE,
     COVER,
@@ -19,7 +20,6 @@ from torchpool.kernels.cpu.plan import (
     START,
     STRIDE,
 )
-from torchpool.kernels.cpu.scalars import INNER
 from torchpool.kernels.cpu.simd import per_line, prefetch
 
 

@@ -8,10 +8,12 @@ bodies work on whole vectors, and what is called seldom stays apart.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.extending import overload
 
 
 def _keep_short(module: Any) -> None:
@@ -35,7 +37,8 @@ class _NoMachine:
 
 
 class _Part(JITCodeLibrary):
-    """Intermediate code, with that of the functions that it calls, for the kernels that call it."""
+    """Intermediate code of one function, for the kernels that call it: neither linked with what it
+    calls itself nor optimised, which each kernel does once for all its parts."""
 
     codegen = _NoMachine()
 
@@ -47,13 +50,14 @@ class _Part(JITCodeLibrary):
         return 0
 
     def _optimize_functions(self, module: Any) -> None:
-        """The kernel does."""
         module.data_layout = self._codegen._data_layout
 
-    def _optimize_final_module(self) -> None:
-        """The kernel does."""
-
-    def _finalize_final_module(self) -> None:
+    def finalize(self) -> None:
+        self._raise_if_finalized()
+        for function in self._final_module.functions:
+            if not function.is_declaration:
+                function.linkage = "linkonce_odr"
+        self._shared_module = self._final_module
         self._finalized = True
 
 
@@ -75,11 +79,25 @@ class _Kernel(JITCodeLibrary):
         _keep_short(module)
         super().add_ir_module(module)
 
+    def finalize(self) -> None:
+        self._linking_libraries = _with_parts(self._linking_libraries)
+        super().finalize()
+
     def _optimize_final_module(self) -> None:
         options = {"loop_vectorize": False, "slp_vectorize": False}
         passes, builder = self._codegen._module_pass_manager(**options)
         with self._recorded_timings.record("Module passes", builder):
             passes.run(self._final_module, builder)
+
+
+def _with_parts(libraries: list[Any]) -> list[Any]:
+    """Libraries and what their parts call, and so on; none before one that calls it, since LLVM
+    links what has been asked for."""
+    found = list(dict.fromkeys(libraries))
+    for library in found:  # which grows meanwhile
+        if isinstance(library, _Part):
+            found += [each for each in library._linking_libraries if each not in found]
+    return found
 
 
 class PartCompiler(CompilerBase):
@@ -108,3 +126,37 @@ class KernelCompiler(CompilerBase):
         self.state.library = _Kernel(self.state.targetctx.codegen(), name)
         self.state.library.enable_object_caching()
         return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+
+
+_COMMON: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+
+INNER: dict[str, Any] = {
+    **_COMMON,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "forceinline": True,
+    "_nrt": False,
+    "pipeline_class": PartCompiler,
+}
+"""Options of functions that become a part of the kernels that call them: what is cached on disk is
+the kernel that holds them. They allocate nothing, so that arrays need not be counted."""
+
+APART: dict[str, Any] = {**INNER, "forceinline": False}
+"""The same for long functions that are called seldom, or from several places."""
+
+SELDOM: dict[str, Any] = {**APART, "pipeline_class": ApartCompiler}
+"""The same for functions that are hardly ever called: no copies are made of them."""
+
+COPYING: dict[str, Any] = {**APART, "_nrt": True}
+"""The same for functions that copy parts of arrays or return one: Numba counts references."""
+
+JIT: dict[str, Any] = {
+    **_COMMON,
+    "cache": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": KernelCompiler,
+}
+"""Options of kernels."""
+
+inlined: Any = partial(overload, jit_options=INNER)  # type: ignore[arg-type]
+"""`numba.extending.overload` for implementations that become a part of the kernels."""

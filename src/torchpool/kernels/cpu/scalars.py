@@ -7,7 +7,6 @@ library's in float64.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +15,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload, register_jitable
 
 from torchpool.kernels.cpu import simd
-from torchpool.kernels.cpu.parts import (
-    ApartCompiler,
-    KernelCompiler,
-    PartCompiler,
-)
+from torchpool.kernels.cpu.parts import APART, INNER, inlined
 from torchpool.kernels.cpu.simd import (
     Vector,
     choose,
@@ -30,39 +25,6 @@ from torchpool.kernels.cpu.simd import (
     or_nan,
     splat_as,
 )
-
-_COMMON: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-
-INNER: dict[str, Any] = {
-    **_COMMON,
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-    "forceinline": True,
-    "_nrt": False,
-    "pipeline_class": PartCompiler,
-}
-"""Options of functions that become a part of the kernels that call them: what is cached on disk is
-the kernel that holds them. They allocate nothing, so that arrays need not be counted."""
-
-APART: dict[str, Any] = {**INNER, "forceinline": False}
-"""The same for long functions that are called seldom, or from several places."""
-
-SELDOM: dict[str, Any] = {**APART, "pipeline_class": ApartCompiler}
-"""The same for functions that are hardly ever called: no copies are made of them."""
-
-COPYING: dict[str, Any] = {**APART, "_nrt": True}
-"""The same for functions that copy parts of arrays or return one: Numba counts references."""
-
-JIT: dict[str, Any] = {
-    **_COMMON,
-    "cache": True,
-    "no_cfunc_wrapper": True,
-    "pipeline_class": KernelCompiler,
-}
-"""Options of kernels."""
-
-inlined: Any = partial(overload, jit_options=INNER)  # type: ignore[arg-type]
-"""`numba.extending.overload` for implementations that become a part of the kernels."""
 
 
 class Largest(NamedTuple):
@@ -337,7 +299,7 @@ _TINY, _TWO23 = np.float32(1.1754944e-38), np.float32(8388608.0)
 _LOG_TWO23 = np.float32(15.942385)
 
 
-@register_jitable
+@register_jitable(**INNER)
 def _reduced(t):
     """exp(t) - 1 of the remainder of t modulo log 2, and the exponent as two powers of two."""
     t = where(t < _LEAST, _LEAST, t)
@@ -386,7 +348,7 @@ def _expm1(x):
     return _by_lane(lambda x: math.expm1(x)) if isinstance(x, Vector) else lambda x: math.expm1(x)
 
 
-@register_jitable
+@register_jitable(**INNER)
 def _log_normal(x):
     """log of a positive normal or infinite float32."""
     bits = bits_of(x)
@@ -416,7 +378,7 @@ def log(x: Any) -> Any:
     return math.log(x)
 
 
-@register_jitable
+@register_jitable(**INNER)
 def _log_library(x):
     return math.log(x) if x > 0 else (-np.inf if x == 0 else np.nan)
 
@@ -441,7 +403,7 @@ def log1p(x: Any) -> Any:
     return math.log1p(x)
 
 
-@register_jitable
+@register_jitable(**INNER)
 def _log1p_library(x):
     return math.log1p(x) if x > -1 else (-np.inf if x == -1 else np.nan)
 

@@ -12,8 +12,9 @@ from numba import njit
 
 from torchpool.kernels.cpu.backward import lead_axis, outputs_of, rest_of
 from torchpool.kernels.cpu.lines import advance, is_idle, split
+from torchpool.kernels.cpu.parts import INNER, JIT
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, START, STRIDE
-from torchpool.kernels.cpu.scalars import INNER, JIT, element, empty_buffer
+from torchpool.kernels.cpu.scalars import element, empty_buffer
 from torchpool.kernels.cpu.simd import load_first, store_first, width
 
 

@@ -68,7 +68,7 @@ class _Batch(NamedTuple):
 
 def _batch(like: Tensor, starts: Tensor, axis: Axis, channels_last: bool) -> _Batch:
     n, c = like.shape[:2]
-    table = starts[:, 0, 0].contiguous().numpy()
+    table = np.ascontiguousarray(starts.numpy()[:, 0, 0])
     per = 1 if channels_last or table.shape[0] == 1 else c
     planes, inner, each = (n, c, 0) if channels_last else (n * c, 1, 1)
     return _Batch(channels_last, table, axis.in_size, planes, inner, c, each, per, axis.dilation)
@@ -111,11 +111,11 @@ def select(
         y, state = select(x.to(_WIDER[x.dtype]), mask, starts, reduction, axes, save)
         return y.to(x.dtype), state
     dtype = layout.state_dtype(axes)
-    y = layout.empty_like(x, [axes[0].out_size])
+    last = layout.is_channels_last(x)
+    y = layout.empty(x, [axes[0].out_size], last)
     kept = save or mask is not None  # a mask is asked where winners are told
     state = torch.empty_like(y, dtype=dtype) if kept else x.new_empty(0, dtype=dtype)
     if y.numel():
-        last = layout.is_channels_last(x)
         batch = _batch(x, starts, axes[0], last)
         live = None if mask is None else flat(layout.to_layout(mask.expand(x.shape), last), last)
         tag = _LARGEST if reduction.largest else _SMALLEST
@@ -213,7 +213,7 @@ def accumulate(
     """Values of all windows and what the backward pass needs; the latter lies in memory in the
     order of the former."""
     outs, last = [axes[0].out_size], layout.is_channels_last(x)
-    y = layout.empty_like(x, outs)
+    y = layout.empty(x, outs, last)
     stats = layout.empty_stats(x, outs, reduction, save)
     if y.numel():
         dtype = layout.compute_dtype(x.dtype)

@@ -18,14 +18,23 @@ from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, lower_cast, overload, register_model
+from numba.extending import intrinsic, lower_builtin, lower_cast, register_model
+
+from torchpool.kernels.cpu.parts import inlined
 
 BYTES = 64
 """Size of a vector in the format that is computed in."""
 
-BRAIN = np.dtype([("bfloat16", np.uint16)])
-HALF = np.dtype([("float16", np.uint16)])
-"""How arrays of half formats reach kernels: as records, whose field names the format."""
+
+def record(name: str, stored: Any) -> Any:
+    """How an array reaches kernels whose numbers are computed in another format than they are
+    stored in: as records of one field, whose name says what the numbers are."""
+    return np.dtype([(name, stored)])
+
+
+BRAIN, HALF = record("bfloat16", np.uint16), record("float16", np.uint16)
+SINGLE, DOUBLE = "whole_in_float32", "whole_in_float64"
+"""Names of records that hold integers, computed in floating point."""
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
@@ -44,7 +53,7 @@ class Vector(types.Type):
 
 def _scalar_ir(dtype: Any) -> Any:
     if isinstance(dtype, types.Record):
-        return _I16
+        return ir.IntType(8 * dtype.size)
     if dtype == types.boolean:
         return _I1
     if dtype == types.float32:
@@ -64,7 +73,15 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
 
 def computed(dtype: Any) -> Any:
     """The format that numbers stored as `dtype` are computed in."""
-    return types.float32 if isinstance(dtype, types.Record) else dtype
+    if not isinstance(dtype, types.Record):
+        return dtype
+    return types.float64 if DOUBLE in dtype.fields else types.float32
+
+
+def _whole(dtype: Any) -> Any:
+    """The integers that records hold; None where they hold others."""
+    name = next((name for name in (SINGLE, DOUBLE) if name in dtype.fields), None)
+    return None if name is None else dtype.fields[name].type
 
 
 def vector_of(array: Any) -> Vector:
@@ -170,7 +187,7 @@ def width(vector: Any) -> int:
     raise NotImplementedError
 
 
-@overload(width)
+@inlined(width)
 def _width(vector):
     lanes = vector.lanes if isinstance(vector, Vector) else vector_of(vector).lanes
     return lambda vector: lanes
@@ -187,7 +204,7 @@ def per_line(array: Any) -> int:
     raise NotImplementedError
 
 
-@overload(per_line)
+@inlined(per_line)
 def _per_line(array):
     count = LINE // _size(array.dtype)
     return lambda array: count
@@ -206,13 +223,15 @@ def _address(context: Any, builder: Any, kind: Any, array: Any, at: Any, count: 
 
 
 def _size(dtype: Any) -> int:
-    return 2 if isinstance(dtype, types.Record) else int(dtype.bitwidth) // 8
+    return int(dtype.size if isinstance(dtype, types.Record) else dtype.bitwidth // 8)
 
 
 def _widened(builder: Any, raw: Any, dtype: Any, lanes: int) -> Any:
     """Stored bits in the format that is computed in."""
     if not isinstance(dtype, types.Record):
         return raw
+    if _whole(dtype) is not None:
+        return _converted(builder, raw, _whole(dtype), Vector(computed(dtype), lanes))
     single = ir.VectorType(ir.FloatType(), lanes)
     if "float16" in dtype.fields:
         return builder.fpext(builder.bitcast(raw, ir.VectorType(ir.HalfType(), lanes)), single)
@@ -222,9 +241,14 @@ def _widened(builder: Any, raw: Any, dtype: Any, lanes: int) -> Any:
 
 
 def _narrowed(builder: Any, value: Any, dtype: Any, lanes: int) -> Any:
-    """The inverse of `_widened`, rounded to the nearest, ties to even."""
+    """The inverse of `_widened`, rounded to the nearest, ties to even; integers are cut towards
+    zero, and those that are too large wrap round."""
     if not isinstance(dtype, types.Record):
         return value
+    if _whole(dtype) is not None:
+        wide = types.int64 if DOUBLE in dtype.fields else types.int32
+        whole = _converted(builder, value, computed(dtype), Vector(wide, lanes))
+        return _converted(builder, whole, wide, Vector(_whole(dtype), lanes))
     short = ir.VectorType(_I16, lanes)
     if "float16" in dtype.fields:
         half = builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
@@ -651,7 +675,7 @@ def root(vector: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(root)
+@inlined(root)
 def _overload_root(vector):
     return lambda vector: _root(vector)
 

@@ -20,18 +20,9 @@ from numba.extending import overload
 
 from torchpool.kernels.cpu.direct import keep_state, put_lanes, scaled
 from torchpool.kernels.cpu.lines import count_row, is_idle, request
+from torchpool.kernels.cpu.parts import APART, INNER, JIT, inlined
 from torchpool.kernels.cpu.plan import BEFORE, FIRST, KERNEL, OUT, SIZE, STRIDE
-from torchpool.kernels.cpu.scalars import (
-    APART,
-    INNER,
-    JIT,
-    Total,
-    beats,
-    empty_buffer,
-    identity,
-    inlined,
-    merge,
-)
+from torchpool.kernels.cpu.scalars import Total, beats, empty_buffer, identity, merge
 from torchpool.kernels.cpu.simd import (
     choose,
     codes_as,

@@ -29,22 +29,27 @@ from torchpool.kernels.cpu.direct import (
     Whole,
     fill_parameters,
     merge_window,
+    nothing_kept,
     parameter,
     put_lanes,
+    scaled,
     slope,
     solve,
     with_window,
     write,
 )
-from torchpool.kernels.cpu.scalars import INNER, JIT, empty_buffer, identity, inlined
+from torchpool.kernels.cpu.parts import INNER, JIT, inlined
+from torchpool.kernels.cpu.scalars import empty_buffer, identity, merge, merge3
 from torchpool.kernels.cpu.simd import (
     choose,
     lane,
     lane_numbers,
+    load,
     load_as,
     splat,
     splat_as,
     store,
+    turned,
     width,
 )
 from torchpool.kernels.cpu.taking import VALUE, across
@@ -89,47 +94,140 @@ def is_along(step, count):
 
 
 @njit(**INNER)
-def lay_out(table, begin, end, step, places, counts, pads, divisors, pad, fixed):
+def lay_out(table, begin, end, lanes, step, places, counts, pads, divisors, pad, fixed):
     """The windows `begin .. end - 1` of a table's rows as lanes, those that are read along
-    themselves without taps. Returns the most taps of a lane, and whether there are others."""
-    longest, others = np.int64(0), False
-    places[:] = 0
-    counts[:] = 0
+    themselves without taps. Returns the most taps of a lane, -1 where all are read along
+    themselves, and whether any is."""
+    longest, others = np.int64(-1), False
+    for i in range(end - begin, lanes):
+        places[i] = 0
+        counts[i] = 0
     for i in range(end - begin):
         row = table[begin + i]
-        others |= is_along(step, row[COUNT])
+        count = row[COUNT]
         places[i] = row[FIRST]
-        counts[i] = 0 if is_along(step, row[COUNT]) else row[COUNT]
-        longest = max(longest, np.int64(counts[i]))
+        counts[i] = count
+        if is_along(step, count):
+            others = True
+            counts[i] = 0
+        else:
+            longest = max(longest, count)
         pads[i] = pad * row[PADDING]
-        divisors[i] = fixed if fixed != 0 else max(1, row[COUNT] + pad * row[PADDING])
+        divisors[i] = fixed if fixed != 0 else max(1, count + pad * row[PADDING])
     return longest, others
 
 
 @njit(**INNER)
-def part_of_plane(tag, x, weights, q, y, state, at, lines, table, step, room, pad, fixed,
-                  is_mean):  # fmt: skip
+def part_of_plane(tag, x, weights, q, y, state, at, lines, table, step, room, pad, fixed, is_mean):
     """Windows of one plane with one inner element; `table` holds at most as many rows as a vector
     has lanes."""
     places, counts, pads, divisors = room
     like = splat(x, 0)
     lanes = lane_numbers(like)
     number = table.shape[0]
-    longest, others = lay_out(table, 0, number, step, places, counts, pads, divisors,
+    longest, others = lay_out(table, 0, number, width(like), step, places, counts, pads, divisors,
                               pad, fixed)  # fmt: skip
-    place = Tabled(0, longest, step, places, counts)
-    v, kept = solve(place, tag, x, weights, lines, state, None, q, pads, 0, fixed, is_mean)
+    v, kept = like, nothing_kept(tag, like, state)
+    if longest >= 0:
+        place = Tabled(0, longest, step, places, counts)
+        v, kept = solve(place, tag, x, weights, lines, state, None, q, pads, 0, fixed, is_mean)
+        v = choose(load_as(counts, 0, lanes) > 0, v, like)
     if others:
         for i in range(number):
             window = table[i, FIRST], table[i, COUNT]
             if is_along(step, window[1]):
                 found = along(tag, x, weights, lines, state, window, q, pads, i, fixed, is_mean)
                 v, kept = with_window(lanes == i, found, (v, kept))
-    for i in range(number):
-        counts[i] = table[i, COUNT]
-    v = choose(load_as(counts, 0, lanes) > 0, v, like)
     one = divisors.dtype.type(1)
     write(y, state, at, v, kept, number, divisors, 0, one, tag, is_mean)
+
+
+@njit(**INNER)
+def four_of_window(tag, x, at, taps, step):
+    """Four vectors of inner elements of one window from `at` on, merged tap by tap."""
+    lanes = width(x)
+    a = b = c = d = splat(x, identity(tag, x))
+    j = 0
+    while j + 1 < taps:
+        to = at + step
+        a = merge3(tag, a, load(x, at), load(x, to))
+        b = merge3(tag, b, load(x, at + lanes), load(x, to + lanes))
+        c = merge3(tag, c, load(x, at + 2 * lanes), load(x, to + 2 * lanes))
+        d = merge3(tag, d, load(x, at + 3 * lanes), load(x, to + 3 * lanes))
+        at = to + step
+        j += 2
+    if j < taps:
+        a = merge(tag, a, load(x, at))
+        b = merge(tag, b, load(x, at + lanes))
+        c = merge(tag, c, load(x, at + 2 * lanes))
+        d = merge(tag, d, load(x, at + 3 * lanes))
+    return a, b, c, d
+
+
+@njit(**INNER)
+def run_of_window(tag, x, lines, first, count, inner):
+    """One window whose inner elements divide a vector, read along itself: the value of each inner
+    element."""
+    none = splat(x, identity(tag, x))
+    window = (0, count * inner, first * inner)
+    v = merge_window(tag, none, x, lines[0], 1, window)
+    distance = width(x) // 2
+    while distance >= inner:
+        v = merge(tag, v, turned_by(v, distance))
+        distance //= 2
+    return v
+
+
+@njit(**INNER)
+def turned_by(v, distance):
+    """`turned` by a power of two that is known when it runs."""
+    if distance == 1:
+        return turned(v, 1)
+    if distance == 2:
+        return turned(v, 2)
+    if distance == 4:
+        return turned(v, 4)
+    if distance == 8:
+        return turned(v, 8)
+    return turned(v, 16) if distance == 16 else turned(v, 32)
+
+
+def whole_part(tag: Any, x: Any, weights: Any, y: Any, state: Any, at: Any, lines: Any, window: Any,
+               step: Any, c: Any, end: Any, inner: Any, ones: Any, scale: Any, is_mean: Any,
+               ) -> Any:  # fmt: skip
+    """Writes values alone as far as they are whole vectors; returns the next inner element."""
+
+
+@inlined(whole_part)
+def _whole_part(tag, x, weights, y, state, at, lines, window, step, c, end, inner, ones, scale,
+                is_mean):  # fmt: skip
+    if not weights == state == types.none or formulas.is_tag(tag):
+        return (
+            lambda tag, x, weights, y, state, at, lines, window, step, c, end, inner, ones, scale,
+            is_mean: c
+        )  # fmt: skip
+
+    def values(tag, x, weights, y, state, at, lines, window, step, c, end, inner, ones, scale,
+               is_mean):  # fmt: skip
+        first, count, _ = window
+        if count == 0:
+            return c
+        lanes = width(x)
+        if step == 1 and count >= SHORT and inner < lanes and lanes % inner == 0:
+            v = run_of_window(tag, x, lines, first, count, inner)
+            put_lanes(y, at, scaled(v, ones, 0, scale, tag, is_mean), inner)
+            return inner
+        while c + 4 * lanes <= end:
+            begin = lines[0][0] + first * inner + c
+            parts = four_of_window(tag, x, begin, count, step * inner)
+            store(y, at + c, scaled(parts[0], ones, 0, scale, tag, is_mean))
+            store(y, at + c + lanes, scaled(parts[1], ones, 0, scale, tag, is_mean))
+            store(y, at + c + 2 * lanes, scaled(parts[2], ones, 0, scale, tag, is_mean))
+            store(y, at + c + 3 * lanes, scaled(parts[3], ones, 0, scale, tag, is_mean))
+            c += 4 * lanes
+        return c
+
+    return values
 
 
 @njit(**INNER)
@@ -142,7 +240,10 @@ def block_of_window(tag, x, weights, params, row, y, state, at, lines, window, s
     first, count, padding = window
     pads[0] = pad * padding
     scale = number(fixed if fixed != 0 else max(1, count + pad * padding))
-    for k in range(c, min(c + BLOCK, inner), width(like)):
+    end = min(c + BLOCK, inner)
+    done = whole_part(tag, x, weights, y, state, at, lines, window, step, c, end, inner, ones,
+                      scale, is_mean)  # fmt: skip
+    for k in range(done, end, width(like)):
         left = min(width(like), inner - k)
         place = Inner(0, count, first, step, k, left, inner)
         p = parameter(params, row, k, like)
@@ -192,6 +293,18 @@ def pieces(outs, inner):
     return -(-outs // PART) if inner == 1 else outs * -(-inner // BLOCK)
 
 
+@njit(**INNER)
+def following(at, each, per, rows):
+    """The piece after one: its plane, its part of the plane, the row of the table that the plane
+    shares with others, and which of those it is."""
+    plane, part, share, turn = at
+    if part + 1 < each:
+        return plane, part + 1, share, turn
+    if turn + 1 < per:
+        return plane + 1, 0, share, turn + 1
+    return plane + 1, 0, share + 1 if share + 1 < rows else 0, 0
+
+
 @njit(**JIT)
 def forward(begin, end, way, tag, x, weights, params, y, state, table, size, inner, channels,
             planes_each, per, step, pad, fixed, is_mean):  # fmt: skip
@@ -215,17 +328,16 @@ def forward(begin, end, way, tag, x, weights, params, y, state, table, size, inn
     room = places, counts, pads, divisors
     lines = np.zeros(1, np.int64), np.zeros(1, np.int64), 1
     each = pieces(table.shape[1], inner)
-    last = np.int64(-1)
+    at = begin // each, begin % each, begin // each // per % table.shape[0], begin // each % per
     for unit in range(begin, end):
-        plane = unit // each
-        if plane != last:
+        plane, part, share, _ = at
+        if part == 0 or unit == begin:
             if params is not None:
                 fill_parameters(row, params, plane, inner, planes_each, channels)
             lines[0][0] = plane * size * inner
-            last = plane
-        windows = table[plane // per % table.shape[0]]
-        piece(way, tag, x, weights, params, row, y, state, plane, unit % each, lines, windows, step,
+        piece(way, tag, x, weights, params, row, y, state, plane, part, lines, table[share], step,
               inner, room, pad, fixed, is_mean)  # fmt: skip
+        at = following(at, each, per, table.shape[0])
 
 
 # Backward -----------------------------------------------------------------------------------
@@ -406,7 +518,8 @@ def slopes_of_windows(tag, g, x, weights, params, row, state, by_p, plane, part,
     p = parameter(params, row, 0, like)
     for o in range(part * PART, min(outs, (part + 1) * PART), width(like)):
         end, at = min(outs, o + width(like)), plane * outs + o
-        longest, others = lay_out(table, o, end, step, places, counts, pads, divisors, 0, 0.0)
+        longest, others = lay_out(table, o, end, width(like), step, places, counts, pads, divisors,
+                                  0, 0.0)  # fmt: skip
         place = Tabled(0, longest, step, places, counts)
         v = slope(place, tag, g, x, weights, lines, state, at, end - o, g.size, None, p)
         put_lanes(by_p, at, v, end - o)
@@ -441,15 +554,13 @@ def by_parameter(begin, end, way, tag, g, x, weights, params, state, by_p, table
     room = places, counts, empty_buffer(x, PART), empty_buffer(x, PART)
     lines = np.zeros(1, np.int64), np.zeros(1, np.int64), 1
     each = pieces(table.shape[1], inner)
-    last = np.int64(-1)
     for unit in range(begin, end):
-        plane = unit // each
-        if plane != last:
+        plane, part = unit // each, unit % each
+        if part == 0 or unit == begin:
             fill_parameters(row, params, plane, inner, planes_each, channels)
             lines[0][0] = plane * size * inner
-            last = plane
         windows = table[plane // per % table.shape[0]]
-        slopes(way, tag, g, x, weights, params, row, state, by_p, plane, unit % each, lines,
+        slopes(way, tag, g, x, weights, params, row, state, by_p, plane, part, lines,
                windows, step, inner, room)  # fmt: skip
 
 

@@ -19,13 +19,8 @@ from torchpool.kernels.cpu.formulas import (
     lift,
     lift_dp,
 )
-from torchpool.kernels.cpu.scalars import (
-    INNER,
-    beats,
-    identity,
-    inlined,
-    merge,
-)
+from torchpool.kernels.cpu.parts import INNER, inlined
+from torchpool.kernels.cpu.scalars import beats, identity, merge
 from torchpool.kernels.cpu.simd import (
     choose,
     lane_numbers,
