@@ -520,8 +520,14 @@ for _name, _fake in _fakes.items():
 def _save_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, mask, starts, _, ctx.axes, save = inputs
     ctx.channels_last = layout.is_channels_last(x)
-    ctx.mark_non_differentiable(output[1])
+    _keep_aside(ctx, output[1])
     ctx.save_for_backward(output[1] if save else None, mask, starts)
+
+
+def _keep_aside(ctx: Any, state: Tensor) -> None:
+    """Says that an output has no gradient, of which autograd would otherwise make zeros."""
+    ctx.mark_non_differentiable(state)
+    ctx.set_materialize_grads(False)
 
 
 def _select_grad(ctx: Any, grad: Tensor, _state: Any) -> tuple[Any, ...]:
@@ -560,7 +566,7 @@ def _select_take_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _save_accumulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, mask, weights, params, starts, ctx.reduction, ctx.axes, _ = inputs
-    ctx.mark_non_differentiable(output[1])
+    _keep_aside(ctx, output[1])
     kind: Reduction = from_spec(ctx.reduction)
     ctx.channels_last = layout.is_channels_last(x)
     keeps_x = not kind.linear or weights is not None  # type: ignore[attr-defined]
