@@ -15,6 +15,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from torch.nn.functional import adaptive_avg_pool2d
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpool import Lp, Max, Mean, Min, PowerMean, SoftmaxMean, Sum, Window, pool
 from torchpool.kernels import cpu, layout, reference
@@ -248,6 +250,54 @@ def test_sums_and_means_of_integers_are_exact(dtype: torch.dtype, taps: int) -> 
             exact = [cut(total, divisor) for total in totals]
             wrapped = [(e - limits.min) % (1 << limits.bits) + limits.min for e in exact]
             assert found.tolist() == wrapped, divisor
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [3, 20])
+@pytest.mark.parametrize(
+    ("size", "outs"),
+    [
+        ((10, 10), (7, 7)),
+        ((60, 60), (6, 6)),
+        ((5, 5), (8, 8)),
+        ((13, 8), (6, 4)),
+        ((300, 9), (7, 2)),
+    ],
+)
+def test_gradients_of_adaptive_means(size: Any, outs: Any, channels: int, channels_last: bool):
+    """Of windows that overlap, lie side by side, or are fewer than the outputs: torch's own."""
+    x = torch.randn(2, channels, *size, dtype=torch.float64)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    weights = torch.randn(2, channels, *outs, dtype=torch.float64)
+    found, known = (
+        torch.autograd.grad((pooled(leaf) * weights).sum(), leaf)[0]
+        for leaf, pooled in (
+            (x.clone().requires_grad_(), lambda t: pool(t, Mean(), Adaptive(outs))),
+            (x.clone().requires_grad_(), lambda t: adaptive_avg_pool2d(t, outs)),
+        )
+    )
+    torch.testing.assert_close(found, known, rtol=1e-12, atol=1e-14)
+    assert found.stride() == x.stride()
+
+
+@pytest.mark.parametrize("windows", [Window(3, 2), Global()])
+@pytest.mark.parametrize("reduction", [Max(), Lp(3.0)])
+def test_no_gradient_is_made_for_what_is_kept(reduction: Any, windows: Windows) -> None:
+    """Autograd would fill as many zeros as the forward pass keeps numbers."""
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    x = torch.randn(2, 3, 9, 9, requires_grad=True)
+    y = pool(x, reduction, windows)
+    with Log():
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    assert any("torchpool" in name for name in called)
+    assert not any("zero" in name for name in called), called
 
 
 def test_huge_half_values_survive() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,7 +51,7 @@ def check_lengths(lengths: Any, size: int, device: torch.device, *, count: int |
     if not is_readable(made):
         return made.clamp(0, size)
     known = made.numpy()
-    if known.size and not 0 <= known.min() <= known.max() <= size:
+    if known.size and not 0 <= np.minimum.reduce(known) <= np.maximum.reduce(known) <= size:
         sample = int(((known < 0) | (known > size)).argmax())
         raise ValueError(
             f"lengths[{sample}]={known[sample]} must lie in [0, {size}], "

@@ -23,13 +23,17 @@ from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.plan import PADDED, VALID, Plan
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
 from torchpool.reductions import Accumulation, Mean, Selection, Sum
-from torchpool.windows import Axis
+from torchpool.windows import Adaptive, Axis
 
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LARGEST, _SMALLEST, _TOTAL = Largest(), Smallest(), Total()
 _MANY_COVERS = 36
 """Where more windows cover an element, it is cheaper to ask each window for its winner."""
+_LANES = 16
+"""Numbers of a vector that are computed in float32."""
+_SMALL = 3
+"""Windows of so many taps side by side are spread by rows of their own."""
 _WORK = 4
 """What an element of an accumulation costs, as bytes of traffic, when threads are counted."""
 
@@ -545,17 +549,32 @@ def _spread(
         return
     plan = _plan(gx, axes, channels_last)
     column, divisor = _divisor(reduction)
-    mirrored = [_mirrored(axis) for axis in axes]
-    if plan.is_large and all(mirrored):
-        turned = _plan(grad, mirrored, channels_last)  # type: ignore[arg-type]
-        grad = _over_counts(grad, reduction, axes)
-        _merge(_TOTAL, grad, None, gx, None, -1, 0.0, turned)
-        return
+    mirrored = [turned for axis in axes if (turned := _mirrored(axis)) is not None]
+    if len(mirrored) == len(axes):
+        turned_plan = _plan(grad, mirrored, channels_last, True)
+        if _gathers(turned_plan, plan, any(axis.is_adaptive for axis in mirrored)):
+            grad = _over_counts(grad, reduction, axes)
+            _merge(_TOTAL, grad, None, gx, None, -1, 0.0, turned_plan)
+            return
     _run_backward(_TOTAL, grad, None, None, None, None, gx, None, column, divisor, plan)
 
 
+def _gathers(turned: Plan, plan: Plan, is_adaptive: bool) -> bool:
+    """Whether it is quicker to gather the outputs that cover an element than to spread each: of
+    large windows at stride 1; of others where the outputs are whole vectors, or listed and windows
+    no small ones side by side."""
+    if not is_adaptive:
+        return plan.is_large
+    if turned.by_channel:
+        return turned.inner >= _LANES and turned.taps <= plans.LARGE
+    return turned.by_list and (plan.by_window or int(plan.geo[3, plans.KERNEL]) > _SMALL)
+
+
 def _mirrored(axis: Axis) -> Axis | None:
-    """The windows in which the outputs that cover an element lie: at stride 1 they are regular."""
+    """The windows in which the outputs that cover an element lie, where those are regular: at
+    stride 1, and of windows that follow the input's size or lie side by side."""
+    if axis.is_adaptive or (_lies_side_by_side(axis) and axis.kernel > 1):
+        return Adaptive(axis.in_size).axes((axis.out_size,))[0]
     if axis.stride != 1 or axis.dilation != 1:
         return None
     before = axis.kernel - 1 - axis.before
@@ -563,6 +582,11 @@ def _mirrored(axis: Axis) -> Axis | None:
     if before < 0 or after < 0:
         return None
     return Axis(axis.out_size, axis.in_size, axis.kernel, 1, 1, before, after)
+
+
+def _lies_side_by_side(axis: Axis) -> bool:
+    tiles = axis.kernel == axis.stride and axis.dilation == 1 and not axis.before
+    return tiles and axis.in_size == axis.kernel * axis.out_size
 
 
 def _over_counts(grad: Tensor, reduction: Accumulation, axes: Sequence[Axis]) -> Tensor:

@@ -14,6 +14,7 @@ from torchpool.kernels import layout
 from torchpool.kernels.cpu import formulas, tables, threads
 from torchpool.kernels.cpu.arrays import by_channel, effective, flat, parameters
 from torchpool.kernels.cpu.direct import ByChannel, ByWindow
+from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
 from torchpool.reductions import Accumulation, Mean, Selection, Sum
 from torchpool.windows import Axis
@@ -112,7 +113,7 @@ def select(
         return y.to(x.dtype), state
     dtype = layout.state_dtype(axes)
     last = layout.is_channels_last(x)
-    y = layout.empty(x, [axes[0].out_size], last)
+    y = in_large_pages(layout.empty(x, [axes[0].out_size], last))
     kept = save or mask is not None  # a mask is asked where winners are told
     state = torch.empty_like(y, dtype=dtype) if kept else x.new_empty(0, dtype=dtype)
     if y.numel():
@@ -147,7 +148,7 @@ def select_backward(
 ) -> Tensor:
     """Sends the gradient of each window to its winner; see `reference.select_backward`."""
     wide = layout.compute_dtype(grad.dtype)
-    gx = layout.empty(grad, [axes[0].in_size], channels_last, wide)
+    gx = in_large_pages(layout.empty(grad, [axes[0].in_size], channels_last, wide))
     if gx.numel():
         batch = _batch(state, starts, axes[0], channels_last)
         arrays = [flat(t, channels_last) for t in (grad.to(wide), state, gx)]
@@ -213,7 +214,7 @@ def accumulate(
     """Values of all windows and what the backward pass needs; the latter lies in memory in the
     order of the former."""
     outs, last = [axes[0].out_size], layout.is_channels_last(x)
-    y = layout.empty(x, outs, last)
+    y = in_large_pages(layout.empty(x, outs, last))
     stats = layout.empty_stats(x, outs, reduction, save)
     if y.numel():
         dtype = layout.compute_dtype(x.dtype)
@@ -248,7 +249,7 @@ def accumulate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weights and params; those not needed come as empty tensors."""
     dtype = layout.compute_dtype(grad.dtype)
-    gx = layout.empty(grad, [axes[0].in_size], channels_last, dtype)
+    gx = in_large_pages(layout.empty(grad, [axes[0].in_size], channels_last, dtype))
     gw = torch.empty_like(gx) if needs[1] else gx.new_empty(0)
     gp = torch.zeros(0 if params is None or not needs[2] else params.shape, dtype=dtype)
     if not grad.numel():
