@@ -189,6 +189,10 @@ def test_our_own_wrong_result_is_found_out(monkeypatch: pytest.MonkeyPatch):
 def test_differences_are_told_in_words():
     a = torch.tensor([1.0, 2.0, float("nan")])
     assert contest.difference(a, a.clone(), 0, 0) is None
+    off, sums = torch.tensor([1e-4, 1.0]), torch.tensor([500.0, 500.0])
+    assert contest.difference(off, torch.zeros(2), 0, 0, sums) == (
+        "50.0% of the values differ, by up to 1"
+    )
     assert contest.difference(a, a[:2], 0, 0) == "shape (3,) instead of (2,)"
     assert "33.3% of the values differ" in str(
         contest.difference(torch.tensor([1.0, 3.0, float("nan")]), a, 0, 0)

@@ -164,12 +164,12 @@ def _training_makers(p: Problem, settings: Settings, with_copy: bool = True) -> 
     pools = {OURS: function(p, functional), "torch": function(p, F)}
 
     def check_ours(grad: Tensor) -> str | None:
-        wanted = truth.gradient(p, xs[0], upstream)
-        return difference(truth.few(grad), wanted, *TOLERANCE[torch.float32])
+        wanted, terms = (truth.gradient(p, xs[0], g) for g in (upstream, upstream.abs()))
+        return difference(truth.few(grad), wanted, *TOLERANCE[torch.float32], terms)
 
     def check_torch(grad: Tensor) -> str | None:
-        wanted = _step(pools[OURS], xs[0], upstream)
-        return difference(grad, wanted, *TOLERANCE[torch.float32])
+        wanted, terms = (_step(pools[OURS], xs[0], g) for g in (upstream, upstream.abs()))
+        return difference(grad, wanted, *TOLERANCE[torch.float32], terms)
 
     def entry(name: str, check: Callable[[Tensor], str | None]) -> Contender:
         pool = pools[name]
