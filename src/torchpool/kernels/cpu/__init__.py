@@ -30,8 +30,6 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LARGEST, _SMALLEST, _TOTAL = Largest(), Smallest(), Total()
 _MANY_COVERS = 36
 """Where more windows cover an element, it is cheaper to ask each window for its winner."""
-_LANES = 16
-"""Numbers of a vector that are computed in float32."""
 _SMALL = 3
 """Windows of so many taps side by side are spread by rows of their own."""
 _WORK = 4
@@ -561,12 +559,10 @@ def _spread(
 
 def _gathers(turned: Plan, plan: Plan, is_adaptive: bool) -> bool:
     """Whether it is quicker to gather the outputs that cover an element than to spread each: of
-    large windows at stride 1; of others where the outputs are whole vectors, or listed and windows
-    no small ones side by side."""
+    large windows at stride 1; of others where the outputs can be listed, unless windows are small
+    ones side by side."""
     if not is_adaptive:
         return plan.is_large
-    if turned.by_channel:
-        return turned.inner >= _LANES and turned.taps <= plans.LARGE
     return turned.by_list and (plan.by_window or int(plan.geo[3, plans.KERNEL]) > _SMALL)
 
 
@@ -574,7 +570,8 @@ def _mirrored(axis: Axis) -> Axis | None:
     """The windows in which the outputs that cover an element lie, where those are regular: at
     stride 1, and of windows that follow the input's size or lie side by side."""
     if axis.is_adaptive or (_lies_side_by_side(axis) and axis.kernel > 1):
-        return Adaptive(axis.in_size).axes((axis.out_size,))[0]
+        (turned,) = Adaptive(axis.in_size).axes((axis.out_size,))
+        return turned._replace(kernel=max(turned.lengths()))
     if axis.stride != 1 or axis.dilation != 1:
         return None
     before = axis.kernel - 1 - axis.before
