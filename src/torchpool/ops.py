@@ -530,7 +530,9 @@ def _keep_aside(ctx: Any, state: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _select_grad(ctx: Any, grad: Tensor, _state: Any) -> tuple[Any, ...]:
+def _select_grad(ctx: Any, grad: Tensor | None, _state: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 6
     state, mask, starts = ctx.saved_tensors
     if state is None:
         raise RuntimeError(
@@ -580,7 +582,9 @@ def _save_accumulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     )
 
 
-def _accumulate_grad(ctx: Any, grad: Tensor, _stats: Any) -> tuple[Any, ...]:
+def _accumulate_grad(ctx: Any, grad: Tensor | None, _stats: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 8
     x, mask, weights, params, starts, stats = ctx.saved_tensors
     needs = [
         ctx.needs_input_grad[0],
