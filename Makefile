@@ -11,9 +11,8 @@ run: $(STAMP)            ## trains the same network once per pooling and says wh
 test: $(STAMP)           ## every check but the long ones: fuzz, boundscheck
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
 	$(BIN)/mkdocs build --quiet
-	$(BIN)/python -m pytest tests/test_structure.py
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest tests/test_structure.py && wait $$types
 	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules src tests \
 	  --ignore tests/test_structure.py --ignore tests/test_fuzz.py
 
