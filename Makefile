@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Byte code is made beside the first checks, which leave a core idle; pip would make all wait.
+COMPILE := $(BIN)/python -m compileall -qq $(VENV)/lib/python3*/site-packages
 
 .PHONY: run test fuzz boundscheck bench docs clean
 
@@ -9,6 +12,7 @@ run: $(STAMP)            ## trains the same network once per pooling and says wh
 	$(BIN)/torchpool study
 
 test: $(STAMP)           ## every check but the long ones: fuzz, boundscheck
+	@($(COMPILE)/torch; $(COMPILE)) > /dev/null 2>&1 &
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mkdocs build --quiet
@@ -24,7 +28,7 @@ boundscheck: $(STAMP)    ## the CPU kernels with every access checked, in a cach
 	  $(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile brief tests/test_cpu.py tests/test_fuzz.py
 
 bench: $(STAMP)          ## side by side with other libraries: benchmarks/results/cpu.json
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(PIP) -e ".[bench]"
 	$(BIN)/torchpool bench
 
 docs: $(STAMP)           ## the site, in build/site
@@ -32,8 +36,8 @@ docs: $(STAMP)           ## the site, in build/site
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch" numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) --no-compile "torch" numpy
+	$(PIP) --no-compile -e ".[dev]"
 	touch $@
 
 clean:

@@ -245,6 +245,9 @@ def test_sums_and_means_of_integers_are_exact(dtype: torch.dtype, taps: int) -> 
         assert pool(rows, Sum(), windows).flatten().tolist() == totals
         means = [cut(total, taps) for total in totals]
         assert pool(rows, Mean(), windows).flatten().tolist() == means
+        assert torch.equal(
+            pool(rows, Mean(divisor=2.9), windows), pool(rows, Mean(divisor=2), windows)
+        )
         for divisor in (1, -3, 1 << 24):
             found = pool(rows, Mean(divisor=divisor), windows).flatten()
             exact = [cut(total, divisor) for total in totals]

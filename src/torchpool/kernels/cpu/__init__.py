@@ -18,7 +18,15 @@ from torchpool.kernels import layout
 from torchpool.kernels.cpu import backward as gradients
 from torchpool.kernels.cpu import direct, formulas, leaf, scatter, shares, sweep, threads
 from torchpool.kernels.cpu import plan as plans
-from torchpool.kernels.cpu.arrays import by_channel, effective, flat, lanes_of, parameters, whole
+from torchpool.kernels.cpu.arrays import (
+    by_channel,
+    effective,
+    flat,
+    holds_integers,
+    lanes_of,
+    parameters,
+    whole,
+)
 from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.plan import PADDED, VALID, Plan
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
@@ -192,7 +200,10 @@ def _job(reduction: Selection | Accumulation, x: Any, plan: Plan) -> _Job:
     """Which kernel makes the values of all windows of an array."""
     if isinstance(reduction, Selection):
         return _values(_LARGEST if reduction.largest else _SMALLEST, x, -1, 0.0, plan)
-    return _values(_TOTAL, x, *_divisor(reduction), plan)
+    column, divisor = _divisor(reduction)
+    if divisor and holds_integers(x.dtype):
+        divisor = float(int(divisor) or 1)
+    return _values(_TOTAL, x, column, divisor, plan)
 
 
 def ready(

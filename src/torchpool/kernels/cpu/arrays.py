@@ -46,6 +46,11 @@ def whole(x: Tensor, channels_last: bool, terms: int) -> Any:
 _EXACT = {SINGLE: 1 << 24, DOUBLE: 1 << 53}
 
 
+def holds_integers(dtype: Any) -> bool:
+    """Whether an array is one that `whole` makes."""
+    return any(name in _EXACT for name in dtype.names or ())
+
+
 def effective(
     shape: Sequence[int],
     mask: Tensor | None,
