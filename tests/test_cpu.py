@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchpool import Lp, Max, Mean, Min, PowerMean, SoftmaxMean, Sum, Window, pool
 from torchpool.kernels import cpu, layout, reference
 from torchpool.kernels.cpu import formulas, shares, threads
+from torchpool.kernels.cpu.plan import COLUMNS
 from torchpool.reductions import Accumulation
 from torchpool.windows import Adaptive, Global, Windows
 
@@ -589,3 +590,39 @@ def test_nothing_is_written_beside_the_result(dtype, channels_last, monkeypatch)
     for buffer in buffers:
         assert (buffer[:guard] == 7).all()
         assert (buffer[-guard:] == 7).all()
+
+
+def test_checked_accesses_fail_outside() -> None:
+    """What `make boundscheck` relies on: tables and vectors know where their memory ends."""
+    from numba import njit
+
+    from torchpool.kernels.cpu.constants import constants
+    from torchpool.kernels.cpu.simd import load, store
+
+    @njit(boundscheck=True)
+    def copy(x, y, at):
+        store(y, at, load(x, at))
+
+    @njit(boundscheck=True)
+    def read(table, at):
+        return constants(table)[at]
+
+    @njit(boundscheck=True)
+    def read_column(table, row, column):
+        return constants(table)[row, column]
+
+    x, y = np.arange(20, dtype=np.float32), np.zeros(20, np.float32)
+    copy(x, y, 4)
+    assert (y[4:] == x[4:]).all()
+    geo = np.arange(4 * COLUMNS).reshape(4, COLUMNS)
+    assert read(geo[0], COLUMNS - 1) == COLUMNS - 1
+    assert read_column(geo, 3, 2) == 3 * COLUMNS + 2
+    for outside in (
+        lambda: copy(x, y, 5),
+        lambda: copy(x, y, -1),
+        lambda: read(geo[0], COLUMNS),
+        lambda: read(geo[0], -1),
+        lambda: read_column(geo, 4, 0),
+    ):
+        with pytest.raises(IndexError):
+            outside()

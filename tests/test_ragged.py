@@ -4,6 +4,7 @@ padding holds."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import oracle
@@ -13,7 +14,7 @@ from cases import ACCUMULATIONS, SELECTIONS, TOLERANCE
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import torchpool as tp
-from torchpool import ops
+from torchpool import ops, ragged
 
 named = {"ids": str}
 LENGTHS = torch.tensor([5, 0, 40, 1, 33])
@@ -434,3 +435,60 @@ def test_same_bits_on_any_number_of_threads():
         for one, two in zip(results[:2], results[2:], strict=True):
             assert torch.equal(one[0], two[0])
             assert torch.equal(one[1], two[1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (["111", "100", "000"], ([3, 1, 0], "right")),
+        (["111", "001", "000"], ([3, 1, 0], "left")),
+        (["111", "111"], ([3, 3], "right")),
+        (["100", "001"], None),
+        (["101"], None),
+        (["010"], None),
+        ([], ([], "right")),
+    ],
+)
+def test_lengths_that_a_mask_tells(rows: list[str], told: Any) -> None:
+    mask = torch.tensor([[c == "1" for c in row] for row in rows], dtype=torch.bool).reshape(-1, 3)
+    found = ragged.lengths_of(mask)
+    assert (None if found is None else (found[0].tolist(), found[1])) == told
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_mask_without_holes_costs_what_lengths_cost(side: str) -> None:
+    """The same bits as lengths, by the same operator; with a hole what the loop says."""
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(4))
+    lengths = torch.tensor([8, 3, 0])
+    mask = tp.length_mask(lengths, 8, padding_side=side)
+    layer = tp.nn.SequencePool(tp.SoftmaxMean(1.0), padding_side=side, fill=7.0)
+    assert torch.equal(layer(x, mask), layer(x, lengths=lengths))
+    with_hole = mask.clone()
+    with_hole[0, 4] = False
+    kept = x[0].double()[:, with_hole[0]]
+    wanted = (kept * kept.softmax(1)).sum(1)
+    torch.testing.assert_close(layer(x, with_hole)[0].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [(1,), (2,)])
+@pytest.mark.parametrize(
+    "reduction", [tp.Max(), tp.Mean(), tp.Lp(3.0), tp.Std()], ids=lambda r: type(r).__name__
+)
+def test_a_mask_that_tells_lengths_gives_what_any_mask_gives(reduction, dims, backend):
+    """One mask for all channels and the same mask written out, which is served as any mask is:
+    values, winners, gradients; NaN and infinity behind the lengths, and a sample without any."""
+    x = torch.randn(3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(6)).abs()
+    inside = tp.length_mask(torch.tensor([4, 2, 0]), 4)
+    inside = inside[:, :, None] if dims == (1,) else inside[:, None]
+    x = torch.where(inside, x, torch.tensor([math.nan, math.inf, 1e300, -1.0])[:, None])
+    every = inside.expand(x.shape)
+    found = []
+    for mask in (inside, every.clone(memory_format=torch.contiguous_format)):
+        given = x.clone().requires_grad_()
+        y = tp.pool(given, reduction, tp.Global(), dims=dims, mask=mask, fill=5.0)
+        (y * torch.arange(1.0, y.numel() + 1).reshape(y.shape)).sum().backward()
+        found.append((y, given.grad))
+        if isinstance(reduction, tp.Max):
+            options = {"dims": dims, "mask": mask, "return_indices": True}
+            found[-1] += (tp.pool(given, reduction, tp.Global(), **options)[1],)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)

@@ -124,7 +124,7 @@ def pool(
         call = _ready(x, reduction, windows, dims)
         if call is not None:
             return call(x)
-    case = _case(x, reduction, windows, dims, mask, weights, return_indices)
+    case = _by_lengths(_case(x, reduction, windows, dims, mask, weights, return_indices))
     y, indices = _run(case, return_indices)
     if fill != 0:
         y = _fill(y, case, fill)
@@ -494,6 +494,25 @@ def _canonical_case(
         mask, weights = weights != 0 if mask is None else mask & (weights != 0), None
     params = _params(reduction, x)
     return _Case(x, mask, weights, params, None, reduction, axes, windows, view)
+
+
+def _by_lengths(case: _Case) -> _Case:
+    """The same case with lengths in place of a mask that tells them: nothing is read behind
+    them."""
+    mask, x = case.mask, case.x
+    if mask is None or not isinstance(case.windows, Global) or len(case.axes) != 1:
+        return case
+    is_served = x.dtype.is_floating_point or isinstance(case.reduction, Selection)
+    if not is_served or not ragged.is_readable(mask) or not x.numel():
+        return case
+    found = None
+    if mask.shape[1] == 1 or mask.stride(1) == 0:  # the same in all channels
+        found = ragged.lengths_of(mask[:, 0])
+    if found is None:
+        return case
+    lengths, side = found
+    table = ragged.padded_table(case.windows, lengths, x.shape[2], 1, side)
+    return case._replace(mask=None, starts=table.rows, axes=(table.axis,))
 
 
 def _check_types(x: Any, reduction: Any, windows: Any) -> None:

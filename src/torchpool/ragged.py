@@ -171,6 +171,26 @@ def length_mask(lengths: Tensor, size: int, *, padding_side: str = "right") -> T
     return places < lengths.unsqueeze(-1)
 
 
+def lengths_of(mask: Tensor) -> tuple[Tensor, str] | None:
+    """The lengths that a mask tells, and the side of its padding; None where the valid elements of
+    some sample are not one run at that end, and where looking at them costs something.
+
+    Shape:
+        bool (N, T) -> int64 (N,)
+    """
+    if not is_readable(mask):
+        return None
+    known = mask.numpy()
+    lengths = np.count_nonzero(known, 1)
+    places = np.arange(known.shape[1])
+    runs = {
+        "right": places < lengths[:, None],
+        "left": places >= known.shape[1] - lengths[:, None],
+    }
+    side = next((side for side, run in runs.items() if np.array_equal(known, run)), None)
+    return None if side is None else (torch.from_numpy(lengths), side)
+
+
 # Windows of samples of different lengths: tables ----------------------------------------
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchpool.functional import pool
 from torchpool.nn.describe import describe
 from torchpool.nn.general import Pool
-from torchpool.ragged import check_lengths, length_mask
+from torchpool.ragged import check_lengths, length_mask, lengths_of
 from torchpool.reductions import Reduction
 from torchpool.windows import Global
 
@@ -28,7 +28,7 @@ class Valid:
     size: int
     """T, the elements along the axis."""
     given: Tensor | None
-    """bool (N, T)."""
+    """bool (N, T); None where the lengths tell."""
     lengths: Tensor | None = None
     """int64 (N,), where each sample's valid elements are one run at an end of the axis."""
     padding_side: str = "right"
@@ -36,10 +36,10 @@ class Valid:
     @property
     def mask(self) -> Tensor:
         """bool (N, T)."""
-        if self.lengths is not None:
-            return length_mask(self.lengths, self.size, padding_side=self.padding_side)
-        assert self.given is not None
-        return self.given
+        if self.given is not None:
+            return self.given
+        assert self.lengths is not None
+        return length_mask(self.lengths, self.size, padding_side=self.padding_side)
 
     def counts(self) -> Tensor:
         """Valid elements of each sample, (N, 1)."""
@@ -121,11 +121,11 @@ class OverTime(nn.Module):
             raise ValueError(f"x of shape {tuple(x.shape)} (N, C, T) has no time; T must be >= 1")
         given = None if mask is None else _as_mask(mask, x)
         if lengths is None:
-            return x, None if given is None else Valid(t, given)
+            return x, None if given is None else _of_mask(given)
         _check_lengths(lengths, x)
         known = check_lengths(lengths, t, x.device, count=None)
         valid = Valid(t, None, known, self.padding_side)
-        return x, valid if given is None else Valid(t, given & valid.mask)
+        return x, valid if given is None else _of_mask(given & valid.mask)
 
     def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         """(N, C, T) -> (N, D) or (N, D, K)."""
@@ -176,6 +176,12 @@ def _as_mask(mask: Any, x: Tensor) -> Tensor:
         )
     _check_device("mask", mask, x)
     return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _of_mask(mask: Tensor) -> Valid:
+    """What a mask (N, T) tells, as lengths where it can be: nothing is read behind them."""
+    found = lengths_of(mask)
+    return Valid(mask.shape[1], mask) if found is None else Valid(mask.shape[1], mask, *found)
 
 
 def _check_lengths(lengths: Any, x: Tensor) -> None:

@@ -64,11 +64,18 @@ def effective(
         return None
     if weights is None:
         assert mask is not None
-        made = mask.to(dtype)
+        made = _once(mask).to(dtype)
     else:
-        made = weights.detach().to(dtype)
-        made = made if mask is None else made.masked_fill(~mask, 0)
+        made = _once(weights.detach()).to(dtype)
+        made = made if mask is None else torch.where(_once(mask), made, 0)
     return flat(layout.to_layout(made.expand(shape), channels_last), channels_last)
+
+
+def _once(t: Tensor) -> Tensor:
+    """The elements of an expanded tensor, each once."""
+    for dim, step in enumerate(t.stride()):
+        t = t.narrow(dim, 0, 1) if step == 0 and t.shape[dim] > 1 else t
+    return t
 
 
 def parameters(params: Tensor | None, dtype: torch.dtype) -> Any:

@@ -15,6 +15,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from torchpool.kernels.cpu import formulas
+from torchpool.kernels.cpu.constants import constants
 from torchpool.kernels.cpu.direct import (
     ByChannel,
     ByOutput,
@@ -635,6 +636,7 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
         gw: None where there are no weights.
         column, fixed: what a mean divides by, as in the forward pass.
     """
+    geo, tab = constants(geo), constants(tab)
     size, outs = geo[3, SIZE] * inner, geo[3, OUT] * inner
     lanes = width(gx)
     number = empty_buffer(gx, 0).dtype.type

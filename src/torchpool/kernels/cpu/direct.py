@@ -13,8 +13,8 @@ import numpy as np
 from numba import njit, types
 
 from torchpool.kernels.cpu import formulas
+from torchpool.kernels.cpu.constants import constants
 from torchpool.kernels.cpu.formulas import (
-    anchor,
     finish,
     finish_grad,
     least,
@@ -503,18 +503,34 @@ def _solve_winner(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, 
     return held[0], held[1]
 
 
-def _solve_formulas(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean):
-    like = splat(x, 0)
-    a = like
-    if anchor(tag) == 1:
-        a = visit(
+def anchored(
+    place: Any, tag: Any, x: Any, weights: Any, lines: Any, geo: Any, like: Any, p: Any
+) -> Any:
+    """The anchors of the windows at a place; zeros of formulas without one."""
+
+
+@inlined(anchored)
+def _anchored(place, tag, x, weights, lines, geo, like, p):
+    kind = formulas.anchor_of(tag)
+    if kind is None:
+        return lambda place, tag, x, weights, lines, geo, like, p: like
+    if kind == "max":
+        return lambda place, tag, x, weights, lines, geo, like, p: visit(
             place, ANCHOR, tag, begin(ANCHOR, tag, like, None), x, weights, lines, geo, None, p
         )[0]
-    elif anchor(tag) == 2:
+
+    def mean(place, tag, x, weights, lines, geo, like, p):
         total, n = visit(
             place, CENTRE, tag, begin(CENTRE, tag, like, None), x, weights, lines, geo, None, p
         )
-        a = choose(n != 0, total / n, total)
+        return choose(n != 0, total / n, total)
+
+    return mean
+
+
+def _solve_formulas(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean):
+    like = splat(x, 0)
+    a = anchored(place, tag, x, weights, lines, geo, like, p)
     s, n = visit(place, LIFT, tag, begin(LIFT, tag, like, None), x, weights, lines, geo, a, p)
     is_empty = n <= least(tag, p)
     count = n
@@ -875,6 +891,7 @@ def direct(begin, end, way, tag, x, weights, params, y, state, geo, tab, inner, 
         column: the count table that a mean divides by, -1 for none.
         fixed: what it divides by instead, 0 for the counts.
     """
+    geo, tab = constants(geo), constants(tab)
     size, row_size = geo[3, SIZE] * inner, geo[3, OUT] * inner
     most = most_rows(geo)
     rows, codes, o = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(3, np.int64)
@@ -1019,6 +1036,7 @@ def by_parameter(begin, end, way, tag, g, x, weights, params, state, by_p, geo, 
                  channels, planes_each):  # fmt: skip
     """Output rows `begin .. end - 1`: their derivatives by the parameter into by_p, which holds
     `inner` numbers for each row."""
+    geo, tab = constants(geo), constants(tab)
     size, row_size = geo[3, SIZE] * inner, geo[3, OUT] * inner
     most = most_rows(geo)
     rows, codes, o = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(3, np.int64)

@@ -157,6 +157,12 @@ def sums_of(tag: Any) -> int:
     return _kind(tag).num_sums
 
 
+def anchor_of(tag: Any) -> str | None:
+    """The anchor of the reduction that a tag's type stands for: None, "max" or "mean"."""
+    kind: str | None = _kind(tag).anchor
+    return kind
+
+
 def alike(number: Any, like: Any) -> Any:
     """A number as one of the type of `like`: a scalar or a vector."""
 
@@ -178,17 +184,6 @@ def num_sums(tag: Any) -> int:
 def _num_sums(tag):
     count = _kind(tag).num_sums
     return lambda tag: count
-
-
-def anchor(tag: Any) -> int:
-    """0 none, 1 the largest key, 2 the mean."""
-    raise NotImplementedError
-
-
-@inlined(anchor)
-def _anchor(tag):
-    code = (None, "max", "mean").index(_kind(tag).anchor)
-    return lambda tag: code
 
 
 def key(tag: Any, x: Any, p: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from torchpool.kernels.cpu.constants import constants
 from torchpool.kernels.cpu.direct import walk
 from torchpool.kernels.cpu.lines import (
     STREAM,
@@ -175,6 +176,7 @@ def reach(x, geo):
 def leaf(begin, end, tag, x, y, geo, tab, column, fixed):
     """Output rows `begin .. end - 1`. A mean divides by `fixed`, or where that is 0 by the count
     table `column`; a `column` of -1 divides by nothing."""
+    geo, tab = constants(geo), constants(tab)
     size, outs, before = geo[3, SIZE], geo[3, OUT], geo[3, BEFORE]
     rows_in, dilation, most = geo[2, SIZE], geo[2, DILATION], reach(x, geo)
     step, is_single = dilation * size, is_flat(geo)
@@ -271,6 +273,7 @@ def row_of_channels(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, 
 def channels(begin, end, tag, x, y, geo, tab, inner, column, fixed):
     """Output rows as `leaf`, of windows of any size; `inner` channels, at least a vector of them,
     are the fastest axis."""
+    geo, tab = constants(geo), constants(tab)
     row = geo[3, OUT] * inner
     most = most_rows(geo)
     rows, codes = np.empty(most, np.int64), np.empty(most, np.int64)
@@ -365,6 +368,7 @@ FEW = 4
 def merged(begin, end, way, tag, x, y, geo, tab, inner, column, fixed):
     """Output rows as `leaf`, of any windows: their rows are merged into one, which is then read as
     by `direct`. `way` says what the lanes are there."""
+    geo, tab = constants(geo), constants(tab)
     size, row_size, lanes = geo[3, SIZE] * inner, geo[3, OUT] * inner, width(x)
     most = most_rows(geo)
     rows, codes, o = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(3, np.int64)

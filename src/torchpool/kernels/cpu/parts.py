@@ -11,8 +11,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from numba.core import typed_passes, untyped_passes
 from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler import CompilerBase
+from numba.core.compiler_machinery import PassManager
 from numba.extending import overload
 
 
@@ -100,6 +102,34 @@ def _with_parts(libraries: list[Any]) -> list[Any]:
     return found
 
 
+_STEPS = (
+    untyped_passes.TranslateByteCode,
+    untyped_passes.FixupArgs,
+    untyped_passes.IRProcessing,
+    untyped_passes.RewriteSemanticConstants,
+    untyped_passes.DeadBranchPrune,
+    untyped_passes.GenericRewrites,
+    untyped_passes.ReconstructSSA,
+    typed_passes.NopythonTypeInference,
+    typed_passes.PreLowerStripPhis,
+    typed_passes.IRLegalization,
+    typed_passes.AnnotateTypes,
+    typed_passes.NativeLowering,
+    typed_passes.NoPythonBackend,
+)
+"""Numba's steps from byte code to LLVM's intermediate code, but for those that are about what
+kernels are not written with: expressions of whole arrays, closures, lists made by one expression,
+functions that Numba itself inlines, loops over tuples, blocks of `with`."""
+
+
+def _steps() -> list[Any]:
+    manager = PassManager("kernels")
+    for step in _STEPS:
+        manager.add_pass(step, step.__name__)
+    manager.finalize()
+    return [manager]
+
+
 class PartCompiler(CompilerBase):
     """Numba's usual compiler, with another end."""
 
@@ -107,7 +137,7 @@ class PartCompiler(CompilerBase):
 
     def define_pipelines(self) -> list[Any]:
         self.state.library = self.library(self.state.targetctx.codegen(), "part")
-        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+        return _steps()
 
 
 class ApartCompiler(PartCompiler):
@@ -125,7 +155,7 @@ class KernelCompiler(CompilerBase):
         name = self.state.func_id.func_qualname
         self.state.library = _Kernel(self.state.targetctx.codegen(), name)
         self.state.library.enable_object_caching()
-        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+        return _steps()
 
 
 _COMMON: dict[str, Any] = {"nogil": True, "error_model": "numpy"}

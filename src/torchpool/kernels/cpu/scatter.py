@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 
 from torchpool.kernels.cpu.backward import lead_axis, outputs_of, rest_of
+from torchpool.kernels.cpu.constants import constants
 from torchpool.kernels.cpu.lines import advance, is_idle, split
 from torchpool.kernels.cpu.parts import INNER, JIT
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, START, STRIDE
@@ -49,6 +50,7 @@ def places_of(geo, lead, inner, rows, columns):
 @njit(**JIT)
 def scatter(begin, end, g, state, gx, geo, tab, inner, band):
     """Bands `begin .. end - 1` of `band` positions along the leading axis of a plane each."""
+    geo, tab = constants(geo), constants(tab)
     lead = lead_axis(geo)
     bands = -(-geo[lead, SIZE] // band)
     slab = rest_of(geo, lead, SIZE) * geo[3, SIZE] * inner

@@ -20,6 +20,7 @@ from numba.core.datamodel import models
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, lower_cast, register_model
 
+from torchpool.kernels.cpu.constants import memory
 from torchpool.kernels.cpu.parts import inlined
 
 BYTES = 64
@@ -213,13 +214,13 @@ def _per_line(array):
 def _address(context: Any, builder: Any, kind: Any, array: Any, at: Any, count: Any) -> Any:
     """Where element `at` lies; `count` elements from there on are touched, and checked if bounds
     are."""
-    made = context.make_array(kind)(context, builder, array)
+    data, size = memory(context, builder, kind, array)
     if context.enable_boundscheck:
         with builder.if_then(builder.icmp_signed(">", count, _I64(0))):
-            cgutils.do_boundscheck(context, builder, at, made.nitems)
+            cgutils.do_boundscheck(context, builder, at, size)
             last = builder.sub(builder.add(at, count), _I64(1))
-            cgutils.do_boundscheck(context, builder, last, made.nitems)
-    return builder.gep(made.data, [at], inbounds=True)
+            cgutils.do_boundscheck(context, builder, last, size)
+    return builder.gep(data, [at], inbounds=True)
 
 
 def _size(dtype: Any) -> int:

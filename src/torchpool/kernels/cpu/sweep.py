@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from torchpool.kernels.cpu.constants import constants
 from torchpool.kernels.cpu.direct import keep_state, put_lanes, scaled
 from torchpool.kernels.cpu.lines import count_row, is_idle, request
 from torchpool.kernels.cpu.parts import APART, INNER, JIT, inlined
@@ -414,6 +415,7 @@ def sweep(begin, end, tag, x, y, state, geo, tab, inner, block, column, fixed):
     A mean divides by `fixed`, or where that is 0 by the count table `column`; a `column` of -1
     divides by nothing.
     """
+    geo, tab = constants(geo), constants(tab)
     like = splat(x, identity(tag, x))
     lanes = width(like)
     row_size, in_size = geo[3, OUT] * inner, geo[3, SIZE] * inner

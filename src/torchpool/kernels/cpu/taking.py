@@ -14,7 +14,6 @@ from numba import njit, types
 
 from torchpool.kernels.cpu import formulas
 from torchpool.kernels.cpu.formulas import (
-    anchor,
     key,
     lift,
     lift_dp,
@@ -169,9 +168,7 @@ def _begin(goal, tag, like, first):
             lane_numbers(like) < 0,
         )
     if kind is Anchor:
-        return lambda goal, tag, like, first: (
-            splat_as(like, -np.inf if anchor(tag) == 1 else 0.0),
-        )
+        return lambda goal, tag, like, first: (splat_as(like, -np.inf),)
     if kind is Centre:
         return lambda goal, tag, like, first: (splat_as(like, 0.0), splat_as(like, 0.0))
     if kind is Slope:
