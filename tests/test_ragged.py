@@ -437,22 +437,25 @@ def test_same_bits_on_any_number_of_threads():
             assert torch.equal(one[1], two[1])
 
 
-@pytest.mark.parametrize(
-    ("rows", "told"),
-    [
-        (["111", "100", "000"], ([3, 1, 0], "right")),
-        (["111", "001", "000"], ([3, 1, 0], "left")),
-        (["111", "111"], ([3, 3], "right")),
-        (["100", "001"], None),
-        (["101"], None),
-        (["010"], None),
-        ([], ([], "right")),
-    ],
-)
-def test_lengths_that_a_mask_tells(rows: list[str], told: Any) -> None:
-    mask = torch.tensor([[c == "1" for c in row] for row in rows], dtype=torch.bool).reshape(-1, 3)
-    found = ragged.lengths_of(mask)
-    assert (None if found is None else (found[0].tolist(), found[1])) == told
+def test_lengths_that_a_mask_tells():
+    """Of every mask of two samples of four elements, and of one without samples."""
+
+    def told(rows: list[str]) -> Any:
+        for side in ("right", "left"):
+            stripped = [row.rstrip("0") if side == "right" else row.lstrip("0") for row in rows]
+            if not any("0" in row for row in stripped):
+                return [len(row) for row in stripped], side
+        return None
+
+    patterns = [f"{number:04b}" for number in range(16)]
+    batches = [[first, second] for first in patterns for second in patterns]
+    assert sum(told(rows) is None for rows in batches) == 256 - 2 * 25 + 4
+    for rows in batches:
+        mask = torch.tensor([[c == "1" for c in row] for row in rows])
+        found = ragged.lengths_of(mask)
+        assert (None if found is None else (found[0].tolist(), found[1])) == told(rows), rows
+    lengths, side = ragged.lengths_of(torch.ones(0, 4, dtype=torch.bool))
+    assert (lengths.shape, side) == ((0,), "right")
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

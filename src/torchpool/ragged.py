@@ -176,19 +176,19 @@ def lengths_of(mask: Tensor) -> tuple[Tensor, str] | None:
     some sample are not one run at that end, and where looking at them costs something.
 
     Shape:
-        bool (N, T) -> int64 (N,)
+        bool (N, T) -> int64 (N,), T at least 1
     """
     if not is_readable(mask):
         return None
     known = mask.numpy()
-    lengths = np.count_nonzero(known, 1)
-    places = np.arange(known.shape[1])
-    runs = {
-        "right": places < lengths[:, None],
-        "left": places >= known.shape[1] - lengths[:, None],
-    }
-    side = next((side for side, run in runs.items() if np.array_equal(known, run)), None)
-    return None if side is None else (torch.from_numpy(lengths), side)
+    size, total = known.shape[1], np.count_nonzero(known)
+    end, begin, starts = known.argmin(1), known.argmax(1), known[:, 0]
+    right = np.where(starts & (end == 0), size, end)  # up to the first that is not valid
+    left = np.where(starts | (begin > 0), size - begin, 0)  # from the first that is
+    for side, lengths in (("right", right), ("left", left)):
+        if lengths.sum() == total:
+            return torch.from_numpy(lengths), side
+    return None
 
 
 # Windows of samples of different lengths: tables ----------------------------------------
