@@ -1,7 +1,7 @@
 """The tables of a plan inside kernels, which only read them.
 
-Numba's arrays can do more: it takes ten times as much intermediate code to read a number of one,
-and kernels read geometry everywhere.
+Numba's arrays can do more: functions that read geometry from arrays are twice as long in
+intermediate code, and kernels read geometry everywhere.
 """
 
 from __future__ import annotations
