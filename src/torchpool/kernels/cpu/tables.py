@@ -39,7 +39,7 @@ from torchpool.kernels.cpu.direct import (
     write,
 )
 from torchpool.kernels.cpu.parts import INNER, JIT, inlined
-from torchpool.kernels.cpu.scalars import empty_buffer, identity, merge, merge3
+from torchpool.kernels.cpu.scalars import Total, empty_buffer, identity, merge, merge3
 from torchpool.kernels.cpu.simd import (
     choose,
     lane,
@@ -49,6 +49,7 @@ from torchpool.kernels.cpu.simd import (
     splat,
     splat_as,
     store,
+    store_first,
     turned,
     width,
 )
@@ -56,6 +57,8 @@ from torchpool.kernels.cpu.taking import VALUE, across
 
 SHORT = 16
 """A window of fewer taps is a lane of its own; one of more is read along itself."""
+FEW = 4
+"""So many windows of a plane are written one by one, more of them as vectors."""
 PART = 64
 """Windows of a plane that are one piece of work, as many as vectors have lanes at most."""
 BLOCK = 256
@@ -115,6 +118,43 @@ def lay_out(table, begin, end, lanes, step, places, counts, pads, divisors, pad,
         pads[i] = pad * row[PADDING]
         divisors[i] = fixed if fixed != 0 else max(1, count + pad * row[PADDING])
     return longest, others
+
+
+def quotient(tag: Any, value: Any, n: Any, is_mean: Any) -> Any:
+    """A total divided by one number; any other value as it is."""
+
+
+@inlined(quotient)
+def _quotient(tag, value, n, is_mean):
+    if tag.instance_class is not Total:
+        return lambda tag, value, n, is_mean: value
+    return lambda tag, value, n, is_mean: value / splat_as(value, n) if is_mean else value
+
+
+def one_by_one(tag: Any, x: Any, weights: Any, y: Any, state: Any, at: Any, lines: Any, table: Any,
+               step: Any, pad: Any, fixed: Any, is_mean: Any) -> Any:  # fmt: skip
+    """Writes values alone of few windows that are read along themselves, up to the first that is
+    not; returns how many."""
+
+
+@inlined(one_by_one)
+def _one_by_one(tag, x, weights, y, state, at, lines, table, step, pad, fixed, is_mean):
+    if not weights == state == types.none or formulas.is_tag(tag):
+        return lambda tag, x, weights, y, state, at, lines, table, step, pad, fixed, is_mean: 0
+
+    def values(tag, x, weights, y, state, at, lines, table, step, pad, fixed, is_mean):
+        none = splat(x, identity(tag, x))
+        i = 0
+        while i < table.shape[0] <= FEW and is_along(step, table[i, COUNT]):
+            first, count = table[i, FIRST], table[i, COUNT]
+            v = merge_window(tag, none, x, lines[0], 1, (0, count, first))
+            v = across(VALUE, tag, (v,))[0]
+            n = fixed if fixed != 0 else count + pad * table[i, PADDING]
+            store_first(y, at + i, quotient(tag, v, n, is_mean), 1)
+            i += 1
+        return i
+
+    return values
 
 
 @njit(**INNER)
@@ -269,9 +309,13 @@ def piece_of_windows(tag, x, weights, params, row, y, state, plane, part, lines,
                      room, pad, fixed, is_mean):  # fmt: skip
     outs = table.shape[0]
     q = parameter(params, row, 0, splat(x, 0))
-    for o in range(part * PART, min(outs, (part + 1) * PART), width(x)):
-        some = table[o : min(outs, o + width(x))]
-        at = plane * outs + o
+    begin, end = part * PART, min(outs, (part + 1) * PART)
+    base = plane * outs
+    begin += one_by_one(tag, x, weights, y, state, base + begin, lines, table[begin:end], step, pad,
+                        fixed, is_mean)  # fmt: skip
+    for o in range(begin, end, width(x)):
+        some = table[o : min(end, o + width(x))]
+        at = base + o
         part_of_plane(tag, x, weights, q, y, state, at, lines, some, step, room, pad, fixed,
                       is_mean)  # fmt: skip
 
