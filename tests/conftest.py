@@ -33,6 +33,10 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 10)
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # libraries look at the end whether all that they made is gone
+
+
 @pytest.fixture(autouse=True)
 def own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests are about our kernels, however small their inputs are."""
