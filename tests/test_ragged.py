@@ -11,6 +11,7 @@ import oracle
 import pytest
 import torch
 from cases import ACCUMULATIONS, SELECTIONS, TOLERANCE
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import torchpool as tp
@@ -495,3 +496,14 @@ def test_a_mask_that_tells_lengths_gives_what_any_mask_gives(reduction, dims, ba
             options = {"dims": dims, "mask": mask, "return_indices": True}
             found[-1] += (tp.pool(given, reduction, tp.Global(), **options)[1],)
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_recorded_graph_takes_any_mask(mode):
+    """What a mask tells is not written down in a graph, which is run with other masks."""
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(7))
+    first, other = (tp.length_mask(torch.tensor(n), 8) for n in ([8, 2], [3, 5]))
+    layer = tp.nn.SequencePool(tp.Mean())
+    for call in (layer, lambda t, m: tp.pool(t, tp.Mean(), tp.Global(), mask=m[:, None])):
+        graph = make_fx(call, tracing_mode=mode)(x, first)
+        torch.testing.assert_close(graph(x, other), call(x, other))

@@ -173,12 +173,13 @@ def length_mask(lengths: Tensor, size: int, *, padding_side: str = "right") -> T
 
 def lengths_of(mask: Tensor) -> tuple[Tensor, str] | None:
     """The lengths that a mask tells, and the side of its padding; None where the valid elements of
-    some sample are not one run at that end, and where looking at them costs something.
+    some sample are not one run at that end, where looking at them costs something, and where calls
+    are recorded: a graph would hold this mask's lengths for every mask.
 
     Shape:
         bool (N, T) -> int64 (N,), T at least 1
     """
-    if not is_readable(mask):
+    if not is_readable(mask) or _is_recorded():
         return None
     known = mask.numpy()
     size, total = known.shape[1], np.count_nonzero(known)
@@ -189,6 +190,12 @@ def lengths_of(mask: Tensor) -> tuple[Tensor, str] | None:
         if lengths.sum() == total:
             return torch.from_numpy(lengths), side
     return None
+
+
+def _is_recorded() -> bool:
+    """Whether somebody may write down the calls of operators, to repeat them for other values."""
+    modes: int = torch._C._len_torch_dispatch_stack()
+    return modes > 0 or torch._C._get_tracing_state() is not None
 
 
 # Windows of samples of different lengths: tables ----------------------------------------
