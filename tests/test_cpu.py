@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpool import Lp, Max, Mean, Min, PowerMean, SoftmaxMean, Sum, Window, pool
@@ -283,6 +283,28 @@ def test_gradients_of_adaptive_means(size: Any, outs: Any, channels: int, channe
     )
     torch.testing.assert_close(found, known, rtol=1e-12, atol=1e-14)
     assert found.stride() == x.stride()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel", "padding", "ceil_mode"),
+    [((2, 4), 0, False), ((5, 5), 2, False), ((3, 40), (1, 7), True), ((4, 17), 0, True)],
+)
+def test_gradients_whose_rows_are_alike(
+    dtype: torch.dtype, kernel: Any, padding: Any, ceil_mode: bool
+) -> None:
+    """Of means and sums over windows side by side, which need not fill the input."""
+    x = (torch.arange(3 * 2 * 23 * 83) % 7).reshape(3, 2, 23, 83).to(dtype)
+    windows = Window(kernel, kernel, padding, ceil_mode=ceil_mode)
+    for reduction, divisor in ((Mean(count_include_pad=True), None), (Sum(), 1)):
+        leaf, twin = x.clone().requires_grad_(), x.double().requires_grad_()
+        y = pool(leaf, reduction, windows)
+        wanted = avg_pool2d(twin, kernel, kernel, padding, ceil_mode, True, divisor)
+        grad = (torch.arange(y.numel()) % 11 - 5.0).reshape(y.shape)
+        (found,) = torch.autograd.grad(y, leaf, grad.to(dtype))
+        (known,) = torch.autograd.grad(wanted, twin, grad.double())
+        torch.testing.assert_close(found, known.to(dtype), rtol=TOLERANCE[dtype], atol=0)
 
 
 @pytest.mark.parametrize("windows", [Window(3, 2), Global()])

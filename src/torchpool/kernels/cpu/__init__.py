@@ -558,6 +558,10 @@ def _spread(
         return
     plan = _plan(gx, axes, channels_last)
     column, divisor = _divisor(reduction)
+    if _repeats(plan):
+        by_window = plan._replace(by_window=True)
+        _run_backward(_TOTAL, grad, None, None, None, None, gx, None, column, divisor, by_window)
+        return
     mirrored = [turned for axis in axes if (turned := _mirrored(axis)) is not None]
     if len(mirrored) == len(axes):
         turned_plan = _plan(grad, mirrored, channels_last, True)
@@ -566,6 +570,13 @@ def _spread(
             _merge(_TOTAL, grad, None, gx, None, -1, 0.0, turned_plan)
             return
     _run_backward(_TOTAL, grad, None, None, None, None, gx, None, column, divisor, plan)
+
+
+def _repeats(plan: Plan) -> bool:
+    """Whether rows of a gradient are alike, as those of windows side by side that are no small
+    ones."""
+    rows, last = plan.geo[2, plans.KERNEL], plan.geo[3, plans.KERNEL]
+    return plan.inner == plan.covers == 1 and rows > 1 and last > _SMALL
 
 
 def _gathers(turned: Plan, plan: Plan, is_adaptive: bool) -> bool:

@@ -465,7 +465,7 @@ def _flush(row, begin, array, at, size):
 
     def copy(row, begin, array, at, size):
         for i in range(0, size, width(row)):
-            store_first(array, at + i, load_first(row, begin + i, size - i), size - i)
+            put_lanes(array, at + i, load_first(row, begin + i, size - i), size - i)
 
     return copy
 
@@ -515,14 +515,37 @@ def row_by_window(tag, x, weights, p, params, gx, gw, base, rows, bases, found, 
     size = geo[3, SIZE]
     like = splat(gx, 0)
     q = parameter(params, p, 0, like)
-    row[:] = 0
-    for k in range(found):
-        for o in range(geo[3, OUT]):
-            first, end, start = taps_of(geo, tab, 3, o)
-            send_window(tag, x, weights, q, base, rows[k] + o, bases[k], shares, codes, row, size,
-                        wide, first, end, start, geo[3, DILATION], like)  # fmt: skip
+    if not is_known(tag, rows, found, hits):
+        row[:] = 0
+        for k in range(found):
+            for o in range(geo[3, OUT]):
+                first, end, start = taps_of(geo, tab, 3, o)
+                send_window(tag, x, weights, q, base, rows[k] + o, bases[k], shares, codes, row,
+                            size, wide, first, end, start, geo[3, DILATION], like)  # fmt: skip
     flush(row, 0, gx, base, size)
     flush(row, size, gw, base, size)
+
+
+def is_known(tag: Any, rows: Any, found: Any, hits: Any) -> bool:
+    """Whether the same rows of shares send to a row as to the one before, which `hits` notes: then
+    they send the same, where that does not depend on the elements."""
+    raise NotImplementedError
+
+
+@inlined(is_known)
+def _is_known(tag, rows, found, hits):
+    if formulas.is_tag(tag) or tag.instance_class is not Total:
+        return lambda tag, rows, found, hits: False
+
+    def noted(tag, rows, found, hits):
+        same = hits[1, 0] == found
+        for k in range(found):
+            same = same and hits[0, k] == rows[k]
+            hits[0, k] = rows[k]
+        hits[1, 0] = found
+        return same
+
+    return noted
 
 
 def send_window(
@@ -664,7 +687,7 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
     p_out = np.zeros(outs + lanes, number)
     wide = np.zeros((num_shares(tag), lanes), number)
     row = np.zeros(2 * geo[3, SIZE] + 4 * lanes, number)
-    hits = np.empty((2, covers * most_at(geo, tab, 3)), np.int64)
+    hits = np.empty((2, max(1, covers * most_at(geo, tab, 3))), np.int64)
     counts = np.ones(outs + lanes if column >= 0 else 0, number)
     if column >= 0:
         count_row(counts, geo, tab, inner, column, fixed)
@@ -680,6 +703,7 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
             for k in range(outs):
                 p_out[k] = p[k % inner]
             last = plane
+        hits[1, 0] = -1
         low, high = outputs_of(geo, tab, lead, first, past)
         for k in range((high - low) * each):
             line = plane * plane_outs + low * each + k

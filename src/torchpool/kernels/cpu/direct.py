@@ -61,6 +61,7 @@ from torchpool.kernels.cpu.scalars import (
 )
 from torchpool.kernels.cpu.simd import (
     any_lane,
+    can_pick,
     choose,
     codes_as,
     computed,
@@ -222,8 +223,8 @@ def picks(x: Any) -> bool:
 
 @inlined(picks)
 def _picks(x):
-    is_wide = computed(x.dtype).bitwidth >= 32
-    return lambda x: is_wide
+    does = can_pick(computed(x.dtype))
+    return lambda x: does
 
 
 def pick(x: Any, at: Any, places: Any, blocks: Any) -> Any:
@@ -232,7 +233,7 @@ def pick(x: Any, at: Any, places: Any, blocks: Any) -> Any:
 
 @inlined(pick)
 def _pick(x, at, places, blocks):
-    if computed(x.dtype).bitwidth < 32:
+    if not can_pick(computed(x.dtype)):
         return lambda x, at, places, blocks: splat(x, 0)
 
     def from_vectors(x, at, places, blocks):

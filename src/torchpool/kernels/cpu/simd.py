@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, lower_cast, register_model
 
@@ -38,6 +39,11 @@ SINGLE, DOUBLE = "whole_in_float32", "whole_in_float64"
 """Names of records that hold integers, computed in floating point."""
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+
+
+def has_avx512() -> bool:
+    """Whether kernels are compiled for a processor that gathers, and picks out of two vectors."""
+    return "+avx512f" in cpu_target.target_context.codegen()._tm_features
 
 
 class Vector(types.Type):
@@ -413,17 +419,27 @@ def gather(typingctx: Any, array: Any, base: Any, places: Any, mask: Any) -> Any
         index = builder.sext(args[2], ir.VectorType(_I64, lanes))
         start = builder.bitcast(start, scalar.as_pointer())
         kind = ir.VectorType(scalar, lanes)
-        raw = ir.Constant(kind, None)
         pointers = _broadcast(builder, builder.ptrtoint(start, _I64), lanes)
         scale = ir.Constant(ir.VectorType(_I64, lanes), [_size(array.dtype)] * lanes)
         addresses = builder.add(pointers, builder.mul(index, scale))
-        addresses = builder.inttoptr(addresses, ir.VectorType(scalar.as_pointer(), lanes))
-        arguments = [addresses, _I32(_size(array.dtype)), args[3], raw]
-        name = f"llvm.masked.gather.{_suffix(kind)}.v{lanes}p0"
-        raw = _intrinsic_of(builder, name, kind, arguments)
+        if has_avx512():
+            raw = _gathered(builder, addresses, args[3], kind, _size(array.dtype))
+        else:  # LLVM asks lane by lane what a mask says, unless it says yes
+            first = _broadcast(builder, builder.ptrtoint(made.data, _I64), lanes)
+            addresses = builder.select(args[3], addresses, first)
+            every = ir.Constant(args[3].type, [True] * lanes)
+            raw = _gathered(builder, addresses, every, kind, _size(array.dtype))
+            raw = builder.select(args[3], raw, ir.Constant(kind, None))
         return _widened(builder, raw, array.dtype, lanes)
 
     return vector(array, base, places, mask), build
+
+
+def _gathered(builder: Any, addresses: Any, mask: Any, kind: Any, align: int) -> Any:
+    pointers = builder.inttoptr(addresses, ir.VectorType(kind.element.as_pointer(), kind.count))
+    arguments = [pointers, _I32(align), mask, ir.Constant(kind, None)]
+    name = f"llvm.masked.gather.{_suffix(kind)}.v{kind.count}p0"
+    return _intrinsic_of(builder, name, kind, arguments)
 
 
 def _check_lanes(
@@ -497,30 +513,25 @@ def after2(typingctx: Any, a: Any, b: Any) -> Any:
     return a(a, b), build
 
 
+def can_pick(dtype: Any) -> bool:
+    """Whether one instruction brings elements of a format from any places of two vectors."""
+    return has_avx512() and _size(dtype) >= 4
+
+
 @intrinsic
 def picked(typingctx: Any, a: Any, b: Any, places: Any) -> Any:
     """Of two successive vectors the elements at `places` (int32), counted round from a's first;
-    of numbers of 4 or 8 bytes."""
-    bits = 8 * _size(a.dtype)
-    if bits < 32:
+    of formats that `can_pick` names."""
+    if not can_pick(a.dtype):
         return None
-    index = Vector(types.int32 if bits == 32 else types.int64, a.lanes)
+    index = Vector(types.int32 if _size(a.dtype) == 4 else types.int64, a.lanes)
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         first, second, chosen = args
-        if a.lanes * bits == 8 * BYTES and "+avx512f" in context.codegen()._tm_features:
-            chosen = _converted(builder, chosen, places.dtype, index)
-            kind = {"f32": "ps", "f64": "pd", "i32": "d", "i64": "q"}[_suffix(first.type)[-3:]]
-            name = f"llvm.x86.avx512.vpermi2var.{kind}.512"
-            return _intrinsic_of(builder, name, first.type, [first, chosen, second])
-        whole = _shuffled(builder, first, second, list(range(2 * a.lanes)))
-        result = first
-        for i in range(a.lanes):
-            place = builder.extract_element(chosen, _I32(i))
-            place = builder.and_(place, place.type(2 * a.lanes - 1))
-            element = builder.extract_element(whole, place)
-            result = builder.insert_element(result, element, _I32(i))
-        return result
+        chosen = _converted(builder, chosen, places.dtype, index)
+        kind = {"f32": "ps", "f64": "pd", "i32": "d", "i64": "q"}[_suffix(first.type)[-3:]]
+        name = f"llvm.x86.avx512.vpermi2var.{kind}.512"
+        return _intrinsic_of(builder, name, first.type, [first, chosen, second])
 
     return a(a, b, places), build
 
