@@ -50,6 +50,46 @@ def test_every_call_pools_its_own_elements(ours, torchs):
         assert y.dtype == x.dtype
 
 
+TRAINED = [
+    *PAIRS,
+    (lambda x: tp.pool(x, tp.Max(), tp.Global()), lambda x: F.adaptive_max_pool2d(x, 1)),
+    (lambda x: tp.pool(x, tp.Max(), tp.Window(5)), lambda x: F.max_pool2d(x, 5)),
+    (lambda x: tp.pool(x, tp.Max(), tp.Window(7, 1)), lambda x: F.max_pool2d(x, 7, 1)),
+    (lambda x: tp.pool(x, tp.Max(), tp.Window(2, 2, 1)), lambda x: F.max_pool2d(x, 2, 2, 1)),
+    (lambda x: tp.pool(x, tp.Mean(), tp.Window(5)), lambda x: F.avg_pool2d(x, 5)),
+    (lambda x: tp.pool(x, tp.Mean(), tp.Adaptive(7)), lambda x: F.adaptive_avg_pool2d(x, 7)),
+    (lambda x: tp.pool(x, tp.Mean(divisor=3), tp.Window(2)), lambda x: 4 * F.avg_pool2d(x, 2) / 3),
+]
+
+
+@pytest.mark.parametrize(("ours", "torchs"), TRAINED)
+def test_every_gradient_is_that_of_its_call(ours, torchs):
+    """Of calls in turns, each with gradients of other strides."""
+    for x in inputs():
+        leaf, twin = x.clone().requires_grad_(), x.double().requires_grad_()
+        y, wanted = ours(leaf), torchs(twin)
+        grads = [torch.ones(()).expand(y.shape), torch.randn(y.shape[::-1]).permute(3, 2, 1, 0)]
+        for grad in grads:
+            grad = grad.to(x.dtype)
+            (found,) = torch.autograd.grad(y, leaf, grad, retain_graph=True)
+            (known,) = torch.autograd.grad(wanted, twin, grad.double(), retain_graph=True)
+            tolerance = 2e-2 if x.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(found.double(), known, rtol=tolerance, atol=tolerance)
+            assert found.stride() == x.stride() or not x.is_contiguous()
+
+
+@pytest.mark.parametrize(("ours", "torchs"), TRAINED)
+def test_prepared_gradients_can_be_differentiated_further(ours, torchs):
+    x = torch.randn(1, 2, 11, 12, dtype=torch.float64)
+    weights = torch.randn_like(torchs(x)).requires_grad_()
+    found, known = [], []
+    for pooled, sums in ((ours, found), (torchs, known)):
+        leaf = x.clone().requires_grad_()
+        (gx,) = torch.autograd.grad((pooled(leaf) * weights).sum(), leaf, create_graph=True)
+        sums += torch.autograd.grad(gx.square().sum(), weights)
+    torch.testing.assert_close(found, known)
+
+
 def test_a_repeated_call_is_not_prepared_again():
     x = torch.randn(3, 5, 41, 43)
     functional.max_pool2d(x, 3)

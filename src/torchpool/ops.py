@@ -185,9 +185,9 @@ def ready(
         on_cpu: where these tensors lie.
         watched: a gradient is asked for.
     """
+    prepared = _prepared(x, reduction, axes, watched) if on_cpu else None
     if watched:
-        return _ready_for_gradients(reduction, axes)
-    prepared = _prepared(x, reduction, axes) if on_cpu else None
+        return _ready_for_gradients(x, reduction, axes, prepared)
     if prepared is not None:
         return prepared
     if isinstance(reduction, Selection):
@@ -195,20 +195,59 @@ def ready(
     return lambda x: _run_accumulate(x, None, None, None, None, reduction, axes, False)[0]
 
 
-def _prepared(x: Tensor, reduction: Selection | Accumulation, axes: tuple[Axis, ...]) -> Any:
+def _prepared(
+    x: Tensor, reduction: Selection | Accumulation, axes: tuple[Axis, ...], watched: bool
+) -> Any:
     """What the CPU's backend prepares; None where that is nothing."""
     operation = "select" if isinstance(reduction, Selection) else "accumulate"
     others = (None,) * (2 if operation == "select" else 3)
     backend = _backend(operation, torch.device("cpu"), x, *others, reduction, axes)
-    prepare = getattr(backend, "ready", None)
+    prepare = getattr(backend, "ready_to_train" if watched else "ready", None)
     return None if prepare is None else prepare(x, reduction, axes)
 
 
-def _ready_for_gradients(reduction: Selection | Accumulation, axes: tuple[Axis, ...]) -> Any:
+def _ready_for_gradients(
+    x: Tensor, reduction: Selection | Accumulation, axes: tuple[Axis, ...], prepared: Any
+) -> Any:
+    """The same where a gradient is asked for. What a backend prepared is not differentiable itself:
+    further derivatives go through the operators of the gradient."""
     spec, numbers = reduction.spec, tuple(pack(axes))
-    if isinstance(reduction, Selection):
-        return lambda x: _select_directly(x, None, None, spec, numbers, True)[0]
-    return lambda x: _accumulate_directly(x, None, None, None, None, spec, numbers, True)[0]
+    selects, last = isinstance(reduction, Selection), layout.is_channels_last(x)
+    if prepared is None:
+        if selects:
+            return lambda x: _select_directly(x, None, None, spec, numbers, True)[0]
+        return lambda x: _accumulate_directly(x, None, None, None, None, spec, numbers, True)[0]
+
+    def by_operator(grad: Tensor, state: Tensor | None) -> Tensor:
+        if selects:
+            gx: Tensor = _call_select_backward(grad, state, None, numbers, last)
+            return gx
+        empty = grad.new_empty(0)
+        stats = empty.to(layout.compute_dtype(grad.dtype))
+        others = (empty, None, None, None, None, stats, spec, numbers, last, [True, False, False])
+        gx, _, _ = _call_accumulate_backward(grad, *others)
+        return gx
+
+    call: Any = _Ready.apply
+    return lambda x: call(x, prepared, by_operator)
+
+
+class _Ready(torch.autograd.Function):
+    """A call of which a backend has prepared both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, prepared: Any, by_operator: Any) -> Tensor:
+        y, state = prepared.forward(x)
+        ctx.save_for_backward(state)
+        ctx.prepared, ctx.by_operator = prepared, by_operator
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (state,) = ctx.saved_tensors
+        is_first = is_plain(grad) and not is_watched(grad)
+        gradient = ctx.prepared.backward if is_first else ctx.by_operator
+        return gradient(grad, state), None, None
 
 
 def _past_the_dispatcher(name: str, kernel: Any, composite: Any, count: int) -> Any:

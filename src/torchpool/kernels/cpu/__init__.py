@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchpool.kernels import layout
 from torchpool.kernels.cpu import backward as gradients
-from torchpool.kernels.cpu import direct, formulas, leaf, scatter, shares, sweep, threads
+from torchpool.kernels.cpu import direct, formulas, leaf, scatter, shares, sweep, tables, threads
 from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.arrays import (
     by_channel,
@@ -30,6 +30,7 @@ from torchpool.kernels.cpu.arrays import (
 from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.plan import PADDED, VALID, Plan
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
+from torchpool.kernels.cpu.simd import BYTES
 from torchpool.reductions import Accumulation, Mean, Selection, Sum
 from torchpool.windows import Adaptive, Axis
 
@@ -135,11 +136,11 @@ def _merge(
     traffic = x.nbytes + y.nbytes
     if state is None and mask is None:
         arrays: tuple[Any, ...] = flat(x, last), flat(y, last)
-        _do(_values(tag, arrays[0], column, divisor, plan), traffic, arrays)
-    elif plan.is_large and mask is None:
+        _do(_values(tag, lanes_of(arrays[0].dtype), column, divisor, plan), traffic, arrays)
+    elif mask is None:
         assert state is not None
         arrays = flat(x, last), flat(y, last), flat(state, last)
-        _do(_large(tag, column, divisor, plan), traffic, arrays)
+        _do(_winners(tag, x.shape[1], plan), traffic, arrays)
     else:
         _merge_directly(tag, x, mask, y, state, column, divisor, plan, traffic)
 
@@ -158,12 +159,13 @@ def _do(job: _Job, traffic: int, arrays: tuple[Any, ...]) -> None:
     threads.run(job.kernel, job.units, job.effort * traffic, *job.arguments(*arrays))
 
 
-def _values(tag: Any, x: Any, column: int, divisor: float, plan: Plan) -> _Job:
-    """Which kernel makes the values of all windows of arrays like x; its arrays are x and y."""
+def _values(tag: Any, lanes: int, column: int, divisor: float, plan: Plan) -> _Job:
+    """Which kernel makes the values of all windows, for vectors of so many lanes; its arrays are x
+    and y."""
     geometry, ends = (plan.geo, plan.tab), (column, divisor)
     if plan.is_leaf:
         return _Job(leaf.leaf, plan.rows_out, lambda x, y: (tag, x, y, *geometry, *ends))
-    if plan.inner >= lanes_of(x.dtype) and plan.taps <= plans.LARGE:
+    if plan.inner >= lanes and plan.taps <= plans.LARGE:
         return _Job(
             leaf.channels, plan.rows_out, lambda x, y: (tag, x, y, *geometry, plan.inner, *ends)
         )
@@ -199,11 +201,40 @@ def _arrays(x: Tensor, y: Tensor, selects: bool, plan: Plan) -> tuple[Any, Any] 
 def _job(reduction: Selection | Accumulation, x: Any, plan: Plan) -> _Job:
     """Which kernel makes the values of all windows of an array."""
     if isinstance(reduction, Selection):
-        return _values(_LARGEST if reduction.largest else _SMALLEST, x, -1, 0.0, plan)
+        tag: Any = _LARGEST if reduction.largest else _SMALLEST
+        return _values(tag, lanes_of(x.dtype), -1, 0.0, plan)
     column, divisor = _divisor(reduction)
     if divisor and holds_integers(x.dtype):
         divisor = float(int(divisor) or 1)
-    return _values(_TOTAL, x, column, divisor, plan)
+    return _values(_TOTAL, lanes_of(x.dtype), column, divisor, plan)
+
+
+class _Prepared:
+    """A job of which nothing but the elements changes.
+
+    Args:
+        job: what is done.
+        likes: tensors like those that it is done with.
+        arrays: tensors like `likes` as the kernel takes them.
+    """
+
+    def __init__(
+        self, job: _Job, likes: tuple[Tensor, ...], arrays: Callable[..., tuple[Any, ...]]
+    ) -> None:
+        self._job, self._arrays = job, arrays
+        self._traffic = job.effort * sum(like.nbytes for like in likes)
+        known = arrays(*likes)
+        self._call = shares.Call(job.kernel, job.units, job.arguments(*known), known)
+
+    def run(self, *tensors: Tensor) -> None:
+        job = self._job
+        share = threads.split(job.units, self._traffic)
+        if not self._call.run(*share, *[t.data_ptr() for t in tensors]):
+            threads.fail(job.kernel, job.units, job.arguments(*self._arrays(*tensors)))
+
+
+def _unwritten(shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
 
 
 def ready(
@@ -217,7 +248,7 @@ def ready(
         return None
     selects = isinstance(reduction, Selection)
     plan = _plan(like, axes, last, True)
-    example = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
+    example = _unwritten(like.shape, like.stride(), like.dtype)
     dtype = like.dtype if selects else layout.result_dtype(like.dtype, reduction)  # type: ignore
     result = layout.empty(example, outs, last, dtype)
     arrays = _arrays(example, result, selects, plan)
@@ -226,18 +257,96 @@ def ready(
     job = _job(reduction, arrays[0], plan)
     clears = selects and plan.has_empty
     shape, strides = result.shape, result.stride()
-    traffic = job.effort * (example.nbytes + result.nbytes)
-    prepared = shares.Call(job.kernel, job.units, job.arguments(*arrays), arrays)
+    prepared = _Prepared(job, (example, result), lambda x, y: _arrays(x, y, selects, plan))  # type: ignore
 
     def call(x: Tensor) -> Tensor:
         y = in_large_pages(x.new_empty_strided(shape, strides, dtype=dtype))
-        if not prepared.run(*threads.split(job.units, traffic), x.data_ptr(), y.data_ptr()):
-            threads.fail(job.kernel, job.units, job.arguments(*_arrays(x, y, selects, plan)))  # type: ignore
+        prepared.run(x, y)
         if clears:
             _clear_empty(y, axes)
         return y
 
     return call
+
+
+class Training(NamedTuple):
+    """Both passes of a call, as functions of tensors like those that they were prepared for."""
+
+    forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    """x -> the values of all windows, and what the backward pass needs."""
+    backward: Callable[[Tensor, Tensor | None], Tensor]
+    """The gradient by the values, in their layout, and what was kept -> the gradient by x."""
+
+
+def ready_to_train(
+    like: Tensor, reduction: Selection | Accumulation, axes: Sequence[Axis]
+) -> Training | None:
+    """As `ready`, of both passes."""
+    if not like.dtype.is_floating_point:
+        return None
+    values = ready(like, reduction, axes)
+    if values is None:
+        return None
+    if isinstance(reduction, Selection):
+        return _select_ready(like, reduction, axes)
+    spread = _spread_ready(like, reduction, axes)
+    return Training(lambda x: (values(x), None), lambda grad, _: spread(grad))
+
+
+def _select_ready(like: Tensor, reduction: Selection, axes: Sequence[Axis]) -> Training:
+    last, channels = layout.is_channels_last(like), like.shape[1]
+    shape, stride, dtype = like.shape, like.stride(), layout.state_dtype(axes)
+    example = _unwritten(shape, stride, like.dtype)
+    result = layout.empty(example, [axis.out_size for axis in axes], last)
+    outs, steps = result.shape, result.stride()
+    kept = _unwritten(outs, steps, dtype)
+    plan = _plan(like, axes, last, True)
+    arrays = lambda *tensors: tuple(flat(t, last) for t in tensors)  # noqa: E731
+    job = _winners(_LARGEST if reduction.largest else _SMALLEST, channels, plan)
+    there = _Prepared(job, (example, result, kept), arrays)
+    back = _Prepared(_to_winners(like, axes, last), (result, kept, example), arrays)
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = in_large_pages(x.new_empty_strided(outs, steps))
+        state = x.new_empty_strided(outs, steps, dtype=dtype)
+        there.run(x, y, state)
+        if plan.has_empty:
+            _clear_empty(y, axes)
+            _clear_empty(state, axes)
+        return y, state
+
+    def backward(grad: Tensor, state: Tensor | None) -> Tensor:
+        assert state is not None
+        gx = in_large_pages(grad.new_empty_strided(shape, stride))
+        back.run(layout.to_layout(grad, last), state, gx)
+        return gx
+
+    return Training(forward, backward)
+
+
+def _spread_ready(
+    like: Tensor, reduction: Accumulation, axes: Sequence[Axis]
+) -> Callable[[Tensor], Tensor]:
+    last, shape, stride = layout.is_channels_last(like), like.shape, like.stride()
+    counts = _counts(reduction, axes, layout.compute_dtype(like.dtype))
+    job, divides = _spreading(like, reduction, axes, last)
+    if divides:
+        counts = None
+    back = None
+    if job is not None:
+        example = _unwritten(shape, stride, like.dtype)
+        dtype = like.dtype if counts is None else counts.dtype
+        grad = layout.empty(example, [axis.out_size for axis in axes], last, dtype)
+        back = _Prepared(job, (grad, example), lambda *ts: tuple(flat(t, last) for t in ts))
+
+    def backward(grad: Tensor) -> Tensor:
+        gx = in_large_pages(grad.new_empty_strided(shape, stride))
+        if back is None:
+            return gx.copy_(_over(grad, counts))
+        back.run(layout.to_layout(_over(grad, counts), last), gx)
+        return gx
+
+    return backward
 
 
 def _merge_directly(
@@ -256,41 +365,29 @@ def _merge_directly(
     kept = state
     if state is not None:
         kept = flat(state if state.numel() else torch.empty_like(y, dtype=state.dtype), last)
-    _run_direct(tag, x, weights, None, y, kept, column, divisor, plan, traffic)
+    arrays = flat(x, last), flat(y, last), kept, weights
+    _do(_direct(tag, x.shape[1], column, divisor, plan), traffic, arrays)
 
 
-def _run_direct(
-    tag: Any,
-    x: Tensor,
-    weights: Any,
-    params: Any,
-    y: Tensor,
-    state: Any,
-    column: int,
-    divisor: float,
-    plan: Plan,
-    traffic: int,
-) -> None:
-    last = plan.channels_last
-    threads.run(
-        direct.direct,
-        plan.rows_out,
-        traffic,
-        _way(plan),
-        tag,
-        flat(x, last),
-        weights,
-        params,
-        flat(y, last),
-        state,
-        plan.geo,
-        plan.tab,
-        plan.inner,
-        x.shape[1],
-        plan.planes_each,
-        column,
-        divisor,
-    )
+def _winners(tag: Any, channels: int, plan: Plan) -> _Job:
+    """The kernel of a selection that is to be differentiated; its arrays are x, y and the
+    offsets."""
+    if plan.is_large and plan.covers > 1:
+        return _large(tag, -1, 0.0, plan)
+    return _direct(tag, channels, -1, 0.0, plan)
+
+
+def _direct(tag: Any, channels: int, column: int, divisor: float, plan: Plan) -> _Job:
+    """The kernel of any windows; its arrays are x, y, what is kept, weights and parameters."""
+    way = _way(plan)
+    options = plan.geo, plan.tab, plan.inner, channels, plan.planes_each, column, divisor
+
+    def arguments(
+        x: Any, y: Any, state: Any, weights: Any = None, params: Any = None
+    ) -> tuple[Any, ...]:
+        return way, tag, x, weights, params, y, state, *options
+
+    return _Job(direct.direct, plan.rows_out, arguments)
 
 
 def select_backward(
@@ -307,67 +404,52 @@ def select_backward(
     """
     gx = in_large_pages(layout.empty(grad, [axis.in_size for axis in axes], channels_last))
     if gx.numel():
-        plan = _plan(gx, axes, channels_last)
-        kept = flat(state, channels_last)
-        if plan.covers > _MANY_COVERS or plan.by_window:
-            _scatter(grad, kept, gx, plan)
-        else:
-            _run_backward(_LARGEST, grad, None, None, None, kept, gx, None, -1, 0.0, plan)
+        job = _to_winners(gx, axes, channels_last)
+        arrays = tuple(flat(t, channels_last) for t in (grad, state, gx))
+        _do(job, gx.nbytes + grad.nbytes, arrays)
     return gx
 
 
-def _scatter(grad: Tensor, state: Any, gx: Tensor, plan: Plan) -> None:
-    last = plan.channels_last
-    threads.run(
-        scatter.scatter,
-        plan.outer * plan.bands,
-        gx.nbytes + grad.nbytes,
-        flat(grad, last),
-        state,
-        flat(gx, last),
-        plan.geo,
-        plan.tab,
-        plan.inner,
-        plan.band,
-    )
+def _to_winners(gx: Tensor, axes: Sequence[Axis], channels_last: bool) -> _Job:
+    """The kernel of the gradient of a selection; its arrays are those by the values, the offsets
+    and those by x."""
+    if all(plans.is_whole(axis) for axis in axes) and gx.dtype in (torch.float32, torch.float64):
+        return _to_one_winner(gx, channels_last)
+    channels, plan = gx.shape[1], _plan(gx, axes, channels_last)
+    if not _scatters(plan):
+        return _backward(_LARGEST, channels, -1, 0.0, plan)
+    options = plan.geo, plan.tab, plan.inner, plan.band
+    units = plan.outer * plan.bands
+    return _Job(scatter.scatter, units, lambda grad, state, gx: (grad, state, gx, *options))
 
 
-def _run_backward(
-    tag: Any,
-    grad: Tensor,
-    x: Any,
-    weights: Any,
-    params: Any,
-    state: Any,
-    gx: Tensor,
-    gw: Any,
-    column: int,
-    divisor: float,
-    plan: Plan,
-) -> None:
-    last = plan.channels_last
-    threads.run(
-        gradients.backward,
-        plan.outer * plan.bands,
-        gx.nbytes + grad.nbytes,
-        _way(plan),
-        tag,
-        flat(grad, last),
-        x,
-        weights,
-        params,
-        state,
-        flat(gx, last),
-        gw,
-        plan.geo,
-        plan.tab,
-        plan.inner,
-        gx.shape[1],
-        plan.planes_each,
-        plan.band,
-        column,
-        divisor,
-    )
+def _scatters(plan: Plan) -> bool:
+    """Whether it is cheaper to ask each window for its winner than each element for its windows."""
+    is_apart = plan.covers == plan.inner == 1 and int(plan.geo[3, plans.KERNEL]) > _SMALL
+    return plan.covers > _MANY_COVERS or plan.by_window or is_apart
+
+
+def _to_one_winner(gx: Tensor, channels_last: bool) -> _Job:
+    """The same where each plane is one window."""
+    n, c = gx.shape[:2]
+    size, planes, inner = gx[0, 0].numel(), *((n, c) if channels_last else (n * c, 1))
+    options = np.array([[[0, size, 0]]]), size, inner, 1, 1, 1
+    return _Job(tables.scatter, planes, lambda grad, state, gx: (grad, state, gx, *options))
+
+
+def _backward(tag: Any, channels: int, column: int, divisor: float, plan: Plan) -> _Job:
+    """The kernel of any gradient; its arrays are those by the values, what was kept, those by x,
+    and the input, weights, parameters and gradients by the weights."""
+    way, units = _way(plan), plan.outer * plan.bands
+    options = plan.geo, plan.tab, plan.inner, channels, plan.planes_each, plan.band, column, divisor
+
+    def arguments(
+        grad: Any, state: Any, gx: Any, x: Any = None, weights: Any = None, params: Any = None,
+        gw: Any = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        return way, tag, grad, x, weights, params, state, gx, gw, *options
+
+    return _Job(gradients.backward, units, arguments)
 
 
 # Accumulation ---------------------------------------------------------
@@ -487,18 +569,11 @@ def _accumulate_formulas(
 ) -> None:
     dtype = layout.compute_dtype(x.dtype)
     kind: Any = type(reduction)
-    numbers = parameters(params, dtype)
-    _run_direct(
-        formulas.tag(kind, numbers),
-        x,
-        effective(x.shape, mask, weights, dtype, plan.channels_last),
-        numbers,
-        y,
-        stats.reshape(-1).numpy(),
-        *_divisor(reduction),
-        plan,
-        _WORK * y.numel() * plan.taps,
-    )
+    last, numbers = plan.channels_last, parameters(params, dtype)
+    scale = effective(x.shape, mask, weights, dtype, last)
+    job = _direct(formulas.tag(kind, numbers), x.shape[1], *_divisor(reduction), plan)
+    arrays = flat(x, last), flat(y, last), stats.reshape(-1).numpy(), scale, numbers
+    _do(job, _WORK * y.numel() * plan.taps, arrays)
 
 
 def accumulate_backward(
@@ -542,34 +617,45 @@ def accumulate_backward(
         if scale is not None:
             room = gw if gw.numel() else torch.empty_like(gx, dtype=dtype)
             by_weights = flat(room, channels_last)
-        inputs = (array, scale, numbers, saved)
-        divisor = _divisor(reduction)[1]
-        _run_backward(tag, grad, *inputs, gx, by_weights, -1, divisor, plan)
+        job = _backward(tag, grad.shape[1], -1, _divisor(reduction)[1], plan)
+        arrays = (flat(grad, channels_last), saved, flat(gx, channels_last))
+        _do(job, gx.nbytes + grad.nbytes, (*arrays, array, scale, numbers, by_weights))
     gp = _by_parameter(tag, grad, array, scale, numbers, saved, plan) if needs[2] else empty
     return gx, gw, gp
 
 
 def _spread(
-    grad: Tensor, gx: Tensor, reduction: Accumulation, axes: Sequence[Axis], channels_last: bool
+    grad: Tensor, gx: Tensor, reduction: Accumulation, axes: Sequence[Axis], last: bool
 ) -> None:
     """The gradient of a sum or mean: from each window to its elements, equally."""
+    counts = _counts(reduction, axes, layout.compute_dtype(grad.dtype))
+    job, divides = _spreading(gx, reduction, axes, last)
+    if job is None:
+        gx.copy_(_over(grad, counts))
+        return
+    traffic = gx.nbytes + grad.nbytes
+    _do(job, traffic, (flat(grad if divides else _over(grad, counts), last), flat(gx, last)))
+
+
+def _spreading(
+    gx: Tensor, reduction: Accumulation, axes: Sequence[Axis], channels_last: bool
+) -> tuple[_Job | None, bool]:
+    """The kernel of the gradient of a sum or mean, whose arrays are those by the values and by x,
+    and whether it divides by the windows' sizes itself. None where each plane is one window."""
     if all(plans.is_whole(axis) for axis in axes):
-        gx.copy_(_over_counts(grad, reduction, axes))
-        return
+        return None, False
+    n, c = gx.shape[:2]
     plan = _plan(gx, axes, channels_last)
-    column, divisor = _divisor(reduction)
-    if _repeats(plan):
-        by_window = plan._replace(by_window=True)
-        _run_backward(_TOTAL, grad, None, None, None, None, gx, None, column, divisor, by_window)
-        return
     mirrored = [turned for axis in axes if (turned := _mirrored(axis)) is not None]
-    if len(mirrored) == len(axes):
-        turned_plan = _plan(grad, mirrored, channels_last, True)
+    if len(mirrored) == len(axes) and not _repeats(plan):
+        turned_plan = plans.plan(tuple(mirrored), n, c, channels_last, True)
         if _gathers(turned_plan, plan, any(axis.is_adaptive for axis in mirrored)):
-            grad = _over_counts(grad, reduction, axes)
-            _merge(_TOTAL, grad, None, gx, None, -1, 0.0, turned_plan)
-            return
-    _run_backward(_TOTAL, grad, None, None, None, None, gx, None, column, divisor, plan)
+            lanes = BYTES // layout.compute_dtype(gx.dtype).itemsize
+            return _values(_TOTAL, lanes, -1, 0.0, turned_plan), False
+    if _repeats(plan):
+        plan = plan._replace(by_window=True)
+    job = _backward(_TOTAL, c, *_divisor(reduction), plan)
+    return job._replace(arguments=lambda grad, gx: job.arguments(grad, None, gx)), True
 
 
 def _repeats(plan: Plan) -> bool:
@@ -608,18 +694,21 @@ def _lies_side_by_side(axis: Axis) -> bool:
     return tiles and axis.in_size == axis.kernel * axis.out_size
 
 
-def _over_counts(grad: Tensor, reduction: Accumulation, axes: Sequence[Axis]) -> Tensor:
-    """The gradient over the number of elements of each window, in the format that is computed
-    in; of a sum the gradient."""
+def _counts(reduction: Accumulation, axes: Sequence[Axis], dtype: torch.dtype) -> Tensor | None:
+    """What a mean divides by, window by window; None of a sum."""
     column, divisor = _divisor(reduction)
     if column < 0:
-        return grad
-    grad = grad.to(layout.compute_dtype(grad.dtype))
-    counts = torch.tensor(divisor or 1.0, dtype=grad.dtype)
+        return None
+    counts = torch.tensor(divisor or 1.0, dtype=dtype)
     for axis in axes if not divisor else ():
-        table = torch.tensor(axis.counts(column == PADDED), dtype=grad.dtype).clamp(min=1)
+        table = torch.tensor(axis.counts(column == PADDED), dtype=dtype).clamp(min=1)
         counts = counts[..., None] * table
-    return grad / counts
+    return counts
+
+
+def _over(grad: Tensor, counts: Tensor | None) -> Tensor:
+    """A gradient over the sizes of the windows, in the format that is computed in."""
+    return grad if counts is None else grad.to(counts.dtype) / counts
 
 
 def _by_parameter(
