@@ -300,6 +300,26 @@ def test_a_report_survives_json(tmp_path: Path):
     assert "best other library" in plot.shares_of_copy(bars).svg
 
 
+def test_rows_that_are_measured_again_take_the_place_of_earlier_ones():
+    settings = groups.Settings(2, peers.PEERS)
+    earlier = report.report(
+        [_result("forward", name, torchpool=1, torch=2) for name in ("first", "second")], settings
+    )
+    later = report.report(
+        [_result("forward", name, torchpool=3, torch=2) for name in ("second", "third")], settings
+    )
+    made = report.updated(earlier, later)
+    assert [(result.name, result.outcomes["torchpool"].median_s) for result in made.results] == [
+        ("first", 1e-3),
+        ("second", 3e-3),
+        ("third", 3e-3),
+    ]
+    assert made.about == later.about | {"earlier": earlier.about["date"]}
+    other = report.Report(later.results, later.about | {"threads": 1})
+    with pytest.raises(ValueError, match="--update: threads was 2 and is 1"):
+        report.updated(earlier, other)
+
+
 def test_the_command_measures_writes_and_shows(tmp_path: Path, bench: Bench):
     options = ("--peers", "torch", "--out", "small.json", "--threads", "1")
     status, out, err = bench("--quick", "--group", "small", "--filter", "1x1x4x4", *options)
@@ -312,6 +332,12 @@ def test_the_command_measures_writes_and_shows(tmp_path: Path, bench: Bench):
     status, out, err = bench("--from", "small.json")
     assert status == 0, err
     assert "1x1x4x4" in out
+    again = ("--quick", "--group", "small", "--filter", "1x1x4x4", *options, "--update")
+    status, out, err = bench(*again)
+    assert status == 0, err
+    whole = json.loads((tmp_path / "small.json").read_text())
+    assert len(whole["rows"]) == 4
+    assert whole["earlier"] <= whole["date"]
 
 
 def test_ctrl_c_that_a_contender_loses_ends_the_run_and_keeps_its_rows(
@@ -359,6 +385,7 @@ def deaf():
         (["--filter", "nothing like it"], "leaves no row"),
         (["--peers", "numpy"], "--peers numpy is not one of"),
         (["--from", "missing.json"], "--from missing.json cannot be read"),
+        (["--update", "--out", "missing.json"], "--update missing.json cannot be read"),
         (["--from", "mymodel.py"], "is not a report"),
         (["--model", "mymodel"], "MODULE:FACTORY"),
         (["--model", "mymodel:build", "--input", "1,4,9,9"], "the model does not take it"),

@@ -492,6 +492,10 @@ def bench(
             help="The JSON to write; default: benchmarks/results/cpu.json, if every row is run."
         ),
     ] = None,
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Keep the rows of that JSON that are not measured again."),
+    ] = False,
     saved: Annotated[
         Path | None,
         typer.Option("--from", help="Show the JSON of an earlier run instead of measuring."),
@@ -519,9 +523,12 @@ def bench(
 
     if saved is None:
         threads = threads or torch.get_num_threads()
-        made = _measure(group, filter, quick, threads, peers)
-        if out is None and not (group or filter or quick or peers):
+        if out is None and (update or not (group or filter or quick or peers)):
             out = Path("benchmarks/results/cpu.json")
+        earlier = report.read(out, "--update") if update and out is not None else None
+        made = _measure(group, filter, quick, threads, peers)
+        if earlier is not None:
+            made = report.updated(earlier, made)
         if out is not None:
             report.write(made, out)
     else:

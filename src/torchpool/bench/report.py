@@ -120,6 +120,28 @@ def report(results: Sequence[Result], settings: Settings) -> Report:
     return Report(list(results), about)
 
 
+def updated(earlier: Report, later: Report) -> Report:
+    """The rows of an earlier run with those that a later one measured again in their place, and
+    what is new behind them.
+
+    Raises:
+        ValueError: the runs are not of the same machine, threads and kind.
+    """
+    for name in ("machine", "threads", "quick"):
+        was, now = earlier.about[name], later.about[name]
+        if was != now:
+            raise ValueError(
+                f"--update: {name} was {was} and is {now}; rows of both do not belong in one "
+                f"table: give another file with --out"
+            )
+    rows = {_identity(result): result for result in (*earlier.results, *later.results)}
+    return Report(list(rows.values()), {**later.about, "earlier": earlier.about["date"]})
+
+
+def _identity(result: Result) -> str:
+    return json.dumps([result.group, result.name, result.about])
+
+
 def write(made: Report, path: Path) -> None:
     """Writes a report as JSON.
 
@@ -136,8 +158,8 @@ def write(made: Report, path: Path) -> None:
         raise ValueError(f"--out {path} cannot be written: {error.strerror}") from None
 
 
-def read(path: Path) -> Report:
-    """The report that `write` wrote.
+def read(path: Path, option: str = "--from") -> Report:
+    """The report that `write` wrote; `option` named the file.
 
     Raises:
         ValueError: there is no such report.
@@ -146,11 +168,11 @@ def read(path: Path) -> Report:
         whole = json.loads(path.read_text(encoding="utf-8"))
         rows = whole.pop("rows")
     except OSError as error:
-        raise ValueError(f"--from {path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{option} {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError):
-        raise ValueError(f"--from {path} is not a report of `torchpool bench`") from None
+        raise ValueError(f"{option} {path} is not a report of `torchpool bench`") from None
     if whole.pop("schema") != SCHEMA:
-        raise ValueError(f"--from {path} was written by another version of `torchpool bench`")
+        raise ValueError(f"{option} {path} was written by another version of `torchpool bench`")
     whole.pop("targets")
     return Report([_result(row) for row in rows], whole)
 
