@@ -260,7 +260,7 @@ def ready(
     prepared = _Prepared(job, (example, result), lambda x, y: _arrays(x, y, selects, plan))  # type: ignore
 
     def call(x: Tensor) -> Tensor:
-        y = in_large_pages(x.new_empty_strided(shape, strides, dtype=dtype))
+        y = in_large_pages(_unwritten(shape, strides, dtype))
         prepared.run(x, y)
         if clears:
             _clear_empty(y, axes)
@@ -307,8 +307,8 @@ def _select_ready(like: Tensor, reduction: Selection, axes: Sequence[Axis]) -> T
     back = _Prepared(_to_winners(like, axes, last), (result, kept, example), arrays)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        y = in_large_pages(x.new_empty_strided(outs, steps))
-        state = x.new_empty_strided(outs, steps, dtype=dtype)
+        y = in_large_pages(_unwritten(outs, steps, x.dtype))
+        state = _unwritten(outs, steps, dtype)
         there.run(x, y, state)
         if plan.has_empty:
             _clear_empty(y, axes)
@@ -317,7 +317,7 @@ def _select_ready(like: Tensor, reduction: Selection, axes: Sequence[Axis]) -> T
 
     def backward(grad: Tensor, state: Tensor | None) -> Tensor:
         assert state is not None
-        gx = in_large_pages(grad.new_empty_strided(shape, stride))
+        gx = in_large_pages(_unwritten(shape, stride, grad.dtype))
         back.run(layout.to_layout(grad, last), state, gx)
         return gx
 
@@ -340,7 +340,7 @@ def _spread_ready(
         back = _Prepared(job, (grad, example), lambda *ts: tuple(flat(t, last) for t in ts))
 
     def backward(grad: Tensor) -> Tensor:
-        gx = in_large_pages(grad.new_empty_strided(shape, stride))
+        gx = in_large_pages(_unwritten(shape, stride, grad.dtype))
         if back is None:
             return gx.copy_(_over(grad, counts))
         back.run(layout.to_layout(_over(grad, counts), last), gx)
