@@ -526,6 +526,9 @@ def bench(
         if out is None and (update or not (group or filter or quick or peers)):
             out = Path("benchmarks/results/cpu.json")
         earlier = report.read(out, "--update") if update and out is not None else None
+        if earlier is not None:  # asked first, so that nothing measured is lost
+            about = {"machine": report.machine(), "threads": threads, "quick": quick}
+            report.check_alike(earlier, about)
         made = _measure(group, filter, quick, threads, peers)
         if earlier is not None:
             made = report.updated(earlier, made)

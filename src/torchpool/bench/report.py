@@ -120,6 +120,17 @@ def report(results: Sequence[Result], settings: Settings) -> Report:
     return Report(list(results), about)
 
 
+def check_alike(earlier: Report, about: dict[str, Any]) -> None:
+    """Raises unless a run on this machine, with these threads, of this kind can update another."""
+    for name in ("machine", "threads", "quick"):
+        was, now = earlier.about[name], about[name]
+        if was != now:
+            raise ValueError(
+                f"--update: {name} was {was} and is {now}; rows of both do not belong in one "
+                f"table: give another file with --out"
+            )
+
+
 def updated(earlier: Report, later: Report) -> Report:
     """The rows of an earlier run with those that a later one measured again in their place, and
     what is new behind them.
@@ -127,13 +138,7 @@ def updated(earlier: Report, later: Report) -> Report:
     Raises:
         ValueError: the runs are not of the same machine, threads and kind.
     """
-    for name in ("machine", "threads", "quick"):
-        was, now = earlier.about[name], later.about[name]
-        if was != now:
-            raise ValueError(
-                f"--update: {name} was {was} and is {now}; rows of both do not belong in one "
-                f"table: give another file with --out"
-            )
+    check_alike(earlier, later.about)
     rows = {_identity(result): result for result in (*earlier.results, *later.results)}
     return Report(list(rows.values()), {**later.about, "earlier": earlier.about["date"]})
 
