@@ -12,7 +12,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -314,6 +316,53 @@ def test_a_trial_that_another_process_has_finished_meanwhile(tmp_path, monkeypat
     results = mine.run(lambda *_: None, lambda: None)
     assert results.is_complete
     assert results.scores["max"][0] == score
+
+
+def test_fewer_seeds_after_an_interrupted_study_of_many(tmp_path, monkeypatch):
+    storage = f"sqlite:///{tmp_path / 'trials.db'}"
+    task = ImageTask(data.digits())
+    trained = []
+
+    def train(arm, seed, *_):
+        trained.append((arm, seed))
+        if len(trained) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return Score(0.5, 0.5, 10, 1.0)
+
+    monkeypatch.setattr(experiment, "train", train)
+    monkeypatch.setattr(experiment, "measure", lambda *_: Cost(1, 1, 1.0, 1.0, 1, 1))
+    many = experiment.Experiment(experiment.Plan(task, ("max", "average"), 100, 1), storage)
+    with pytest.raises(KeyboardInterrupt):
+        many.run(lambda *_: None, lambda: None)
+    few = experiment.Experiment(experiment.Plan(task, ("max", "average"), 2, 1), storage)
+    assert few.run(lambda *_: None, lambda: None).is_complete
+    assert trained == [("max", 0), ("average", 0), ("max", 1), ("max", 1), ("average", 1)]
+    states = [trial.state.name for trial in few.study.get_trials()]
+    assert states == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE", "COMPLETE"]
+
+
+def test_processes_that_start_together_do_each_trial_once(tmp_path, monkeypatch):
+    storage = f"sqlite:///{tmp_path / 'trials.db'}"
+    plan = experiment.Plan(ImageTask(data.digits()), ("max", "average"), 10, 1)
+    trained = []
+
+    def train(arm, seed, *_):
+        trained.append((arm, seed))
+        time.sleep(0.02)
+        return Score(0.5, 0.5, 10, 1.0)
+
+    monkeypatch.setattr(experiment, "train", train)
+    monkeypatch.setattr(experiment, "measure", lambda *_: Cost(1, 1, 1.0, 1.0, 1, 1))
+    together = threading.Barrier(4)
+
+    def work(_):
+        mine = experiment.Experiment(plan, storage)
+        together.wait()
+        return mine.run(lambda *_: None, lambda: None)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(results.is_complete for results in pool.map(work, range(4)))
+    assert sorted(trained) == sorted(plan.trials)
 
 
 def _finished(file: Path) -> int:

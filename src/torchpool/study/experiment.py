@@ -112,7 +112,7 @@ class Experiment:
 
     def __init__(self, plan: Plan, storage: str) -> None:
         import optuna
-        from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+        from optuna.storages import RDBStorage
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
@@ -124,7 +124,6 @@ class Experiment:
                 storage,
                 heartbeat_interval=HEARTBEAT,
                 grace_period=GRACE,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
                 engine_kwargs=connect,
             )
             return optuna.create_study(
@@ -149,46 +148,65 @@ class Experiment:
                 found.costs[key[5:]] = Cost(**value)
         return found
 
-    def _enqueue_missing(self) -> None:
-        """Puts what is neither done, running nor waiting into the queue."""
-        known = set()
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.state.name in ("COMPLETE", "RUNNING", "WAITING"):
-                known.add(self._claim(trial))
-        for arm, seed in self.plan.trials:
-            if (arm, seed) not in known:
-                self.study.enqueue_trial({}, user_attrs={"arm": arm, "seed": seed})
+    def _trials(self) -> list[tuple[int, str, tuple[str, int] | None]]:
+        """Number and state of each stored trial, and the (arm, seed) that it is for: None as long
+        as its process has not said."""
+        trials = self.study.get_trials(deepcopy=False)
+        noted = [(t.number, t.state.name, t.user_attrs) for t in trials]
+        return [(n, s, (a["arm"], a["seed"]) if "seed" in a else None) for n, s, a in noted]
 
-    @staticmethod
-    def _claim(trial: Any) -> tuple[str, int] | None:
-        """The (arm, seed) that a trial was queued for; None for one that was not queued by us."""
-        attributes = trial.user_attrs
-        return (attributes["arm"], attributes["seed"]) if "seed" in attributes else None
+    def _left(self, *states: str) -> list[tuple[str, int]]:
+        """What the plan asks for and no trial in one of these states is for."""
+        gone = {claim for _, state, claim in self._trials() if state in states}
+        return [claim for claim in self.plan.trials if claim not in gone]
 
-    def _count(self, state: str) -> int:
-        """Trials of this plan in a state."""
-        return sum(
-            t.state.name == state and self._claim(t) in self.plan.trials
-            for t in self.study.get_trials(deepcopy=False)
-        )
+    def _claim(self, trial: Any) -> tuple[str, int] | None:
+        """Takes the first (arm, seed) that is neither done nor running for a running trial. Of two
+        processes that take the same one at the same moment, the one with the older trial keeps it.
 
-    def _run_next(self, objective: Callable[[Any], float]) -> None:
-        """Runs the next trial of the queue. SQLite may hand one to two processes that ask at the
-        same moment; the slower one finds it finished, with the score that it has found as well."""
+        Returns:
+            None if there was nothing to take, or another process keeps it.
+        """
+        claim = next(iter(self._left("COMPLETE", "RUNNING")), None)
+        if claim is None:
+            return None
+        trial.set_user_attr("arm", claim[0])
+        trial.set_user_attr("seed", claim[1])
+        deadline = time.monotonic() + GRACE
+        while True:
+            older = [(state, taken) for n, state, taken in self._trials() if n < trial.number]
+            if ("RUNNING", claim) in older or ("COMPLETE", claim) in older:
+                return None
+            if ("RUNNING", None) not in older or time.monotonic() > deadline:
+                return claim
+            time.sleep(0.05)  # an older trial is about to say what it takes
+
+    def _run_next(self, on_trial: Callable[[str, int], None], tick: Callable[[], None]) -> None:
+        """Runs one trial, unless other processes have taken all that were left."""
         import optuna
 
-        begun: list[int] = []
+        scores: list[Score] = []
 
-        def noted(trial: Any) -> float:
-            begun.append(trial.number)
-            return objective(trial)
+        def objective(trial: Any) -> float:
+            try:
+                claim = self._claim(trial)
+                if claim is None:
+                    raise optuna.TrialPruned
+                (arm, seed), plan = claim, self.plan
+                on_trial(arm, seed)
+                score = train(arm.split("#")[0], seed, plan.task, plan.epochs, plan.device, tick)
+            except KeyboardInterrupt:
+                raise optuna.TrialPruned from None  # not done: the next run takes it up again
+            scores.append(score)
+            trial.set_user_attr("score", asdict(score))
+            return score.accuracy
 
         try:
-            self.study.optimize(noted, n_trials=1)
+            self.study.optimize(objective, n_trials=1)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-            trials = self.study.get_trials(deepcopy=False)
-            if not begun or trials[begun[0]].state.name != "COMPLETE":
+            if not scores:
                 raise
+            # this process stood still for so long that another one took its trial for abandoned
 
     def run(self, on_trial: Callable[[str, int], None], tick: Callable[[], None]) -> Results:
         """Runs what is missing, together with any other process on the same storage.
@@ -199,32 +217,13 @@ class Experiment:
         """
         import optuna
 
-        def objective(trial: Any) -> float:
-            claim = self._claim(trial)
-            if claim is None or claim not in self.plan.trials:
-                raise optuna.TrialPruned  # the queue was emptied by another process meanwhile
-            arm, seed = claim
-            on_trial(arm, seed)
-            try:
-                plan = self.plan
-                score = train(arm.split("#")[0], seed, plan.task, plan.epochs, plan.device, tick)
-            except KeyboardInterrupt:
-                raise optuna.TrialPruned from None  # not done: the next run takes it up again
-            trial.set_user_attr("score", asdict(score))
-            return score.accuracy
-
-        self._enqueue_missing()
         with interruption.noted():
-            while True:
+            while self._left("COMPLETE"):
                 optuna.storages.fail_stale_trials(self.study)
-                if self._count("WAITING"):
-                    self._run_next(objective)
-                elif self._count("RUNNING"):
-                    time.sleep(
-                        0.5
-                    )  # another process is at work; its trial becomes stale if it dies
+                if self._left("COMPLETE", "RUNNING"):
+                    self._run_next(on_trial, tick)
                 else:
-                    break
+                    time.sleep(0.5)  # others are at work; the trial of one that dies becomes stale
                 interruption.heed()
         for arm in self.plan.arms:
             if f"cost:{arm}" not in self.study.user_attrs:
