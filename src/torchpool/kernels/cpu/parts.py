@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from llvmlite.binding import create_new_function_pass_manager
 from numba.core import typed_passes, untyped_passes
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase
@@ -31,6 +32,21 @@ def _keep_short(module: Any) -> None:
                 branch.set_metadata("llvm.loop", loop)
 
 
+def _shorten(library: Any, module: Any) -> None:
+    """Brings variables into registers and drops what is then idle: most of what Numba writes. A
+    part is shortened once, however many kernels it becomes a part of."""
+    codegen = library._codegen
+    module.data_layout = codegen._data_layout
+    builder = codegen._pass_builder(opt=1)
+    passes = create_new_function_pass_manager()
+    passes.add_sroa_pass()
+    passes.add_instruction_combine_pass()
+    passes.add_simplify_cfg_pass()
+    for function in module.functions:
+        if not function.is_declaration:
+            passes.run(function, builder)
+
+
 class _NoMachine:
     """Stands for the machine that holds the code of a library: this one has none."""
 
@@ -39,8 +55,8 @@ class _NoMachine:
 
 
 class _Part(JITCodeLibrary):
-    """Intermediate code of one function, for the kernels that call it: neither linked with what it
-    calls itself nor optimised, which each kernel does once for all its parts."""
+    """Intermediate code of one function, for the kernels that call it. What it calls is linked by
+    each kernel, once for all its parts."""
 
     codegen = _NoMachine()
 
@@ -52,7 +68,7 @@ class _Part(JITCodeLibrary):
         return 0
 
     def _optimize_functions(self, module: Any) -> None:
-        module.data_layout = self._codegen._data_layout
+        _shorten(self, module)
 
     def finalize(self) -> None:
         self._raise_if_finalized()
@@ -75,18 +91,21 @@ class _Apart(_Part):
 
 class _Kernel(JITCodeLibrary):
     """What runs, optimised once: Numba does it twice to save counts of references, of which kernels
-    have but a handful."""
+    have but a handful. LLVM's third level adds nothing to explicit vectors."""
 
     def add_ir_module(self, module: Any) -> None:
         _keep_short(module)
         super().add_ir_module(module)
+
+    def _optimize_functions(self, module: Any) -> None:
+        _shorten(self, module)
 
     def finalize(self) -> None:
         self._linking_libraries = _with_parts(self._linking_libraries)
         super().finalize()
 
     def _optimize_final_module(self) -> None:
-        options = {"loop_vectorize": False, "slp_vectorize": False}
+        options = {"opt": 2, "loop_vectorize": False, "slp_vectorize": False}
         passes, builder = self._codegen._module_pass_manager(**options)
         with self._recorded_timings.record("Module passes", builder):
             passes.run(self._final_module, builder)
