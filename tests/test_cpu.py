@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpool import Lp, Max, Mean, Min, PowerMean, SoftmaxMean, Sum, Window, pool
 from torchpool.kernels import cpu, layout, reference
-from torchpool.kernels.cpu import formulas, shares, threads
+from torchpool.kernels.cpu import formulas, parts, shares, threads
 from torchpool.kernels.cpu.plan import COLUMNS
 from torchpool.reductions import Accumulation
 from torchpool.windows import Adaptive, Global, Windows
@@ -658,3 +658,16 @@ def test_checked_accesses_fail_outside() -> None:
     ):
         with pytest.raises(IndexError):
             outside()
+
+
+def test_parts_are_linked_after_all_that_call_them():
+    class Library(parts._Part):
+        def __init__(self, *called):
+            self._linking_libraries = list(called)
+
+    last = Library()
+    middle = Library(last)
+    early = Library(last, middle)
+    kernel = [early, last, middle]
+    assert parts._with_parts(kernel) == [early, middle, last]
+    assert parts._with_parts(kernel[::-1]) == [early, middle, last]

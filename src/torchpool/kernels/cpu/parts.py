@@ -112,13 +112,19 @@ class _Kernel(JITCodeLibrary):
 
 
 def _with_parts(libraries: list[Any]) -> list[Any]:
-    """Libraries and what their parts call, and so on; none before one that calls it, since LLVM
-    links what has been asked for."""
-    found = list(dict.fromkeys(libraries))
-    for library in found:  # which grows meanwhile
-        if isinstance(library, _Part):
-            found += [each for each in library._linking_libraries if each not in found]
-    return found
+    """Libraries and what their parts call, and so on; each after all that call it, since LLVM links
+    what has been asked for."""
+    called_first: dict[Any, None] = {}
+
+    def add(library: Any) -> None:
+        if library not in called_first:
+            for each in library._linking_libraries if isinstance(library, _Part) else ():
+                add(each)
+            called_first[library] = None
+
+    for library in libraries:
+        add(library)
+    return list(reversed(called_first))
 
 
 _STEPS = (
