@@ -189,6 +189,56 @@ def test_masks_weights_and_parameters(reduction, backend, monkeypatch):
         )
 
 
+RUNS = [tp.Max(), tp.Min(), tp.Sum(), tp.Mean(), tp.Mean(divisor=3.0)]
+"""What whole samples are pooled with past everything else."""
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((4, 9, 3), 1), ((4, 3, 9), 2), ((4, 2, 9, 3), 2), ((4, 9), 1)], **named
+)
+@pytest.mark.parametrize("reduction", RUNS, **named)
+def test_whole_samples_of_any_shape(reduction, shape, dim, padding_side, monkeypatch):
+    lengths = torch.tensor([9, 0, 4, 1])
+    valid = tp.length_mask(lengths, 9, padding_side=padding_side)
+    valid = valid.reshape(*(s if i in (0, dim) else 1 for i, s in enumerate(shape)))
+
+    def call(x):
+        return tp.pool(
+            x, reduction, tp.Global(), lengths=lengths, dims=dim, padding_side=padding_side
+        )
+
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(shape, dtype=dtype).masked_fill(~valid, math.nan).requires_grad_()
+        y = call(x)
+        g = torch.randn(y.shape, dtype=dtype)
+        y.backward(g)
+        assert torch.equal(call(x.detach()), y)
+        with monkeypatch.context() as context:
+            context.setenv("TORCHPOOL_BACKEND", "reference")
+            other = x.detach().masked_fill(~valid, 0).requires_grad_()
+            z = tp.pool(other, reduction, tp.Global(), mask=valid, dims=dim)
+            z.backward(g)
+        near = TOLERANCE[dtype]
+        torch.testing.assert_close(y, z, **near)
+        torch.testing.assert_close(x.grad, other.grad, **near)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(call, x)
+    assert torch.autograd.gradgradcheck(call, x)
+
+
+@pytest.mark.parametrize("inner", [1, 3, 8, 70, 5000])
+@pytest.mark.parametrize("reduction", [tp.Sum(), tp.Mean()], **named)
+def test_gradients_of_long_runs(reduction, inner):
+    counts = torch.tensor([0, 1, 2, 5, 1000, 0, 392])
+    x = torch.randn(int(counts.sum()), inner, requires_grad=True)
+    y = tp.segment_pool(x, reduction, offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+    g = torch.randn_like(y)
+    y.backward(g)
+    share = g if isinstance(reduction, tp.Sum) else g / counts.clamp(min=1)[:, None]
+    torch.testing.assert_close(x.grad, share.repeat_interleave(counts, 0), rtol=1e-6, atol=0)
+
+
 def test_half_and_integer_dtypes():
     x = batch(torch.float32)
     for dtype in (torch.float16, torch.bfloat16):

@@ -230,8 +230,31 @@ def _pool_padded(
     size = x.shape[dim]
     outputs = _ragged_outputs(x, windows, size)
     lengths = ragged.check_lengths(lengths, size, x.device, count=x.shape[0])
+    if _is_frequent(x, reduction, windows, lengths, (mask, weights, return_indices, fill)):
+        y = ops.over_runs(x, reduction, dim, ragged.padded_runs(lengths, size, padding_side))
+        if y is not None:
+            return y
     table = ragged.padded_table(windows, lengths, size, outputs, padding_side)
     return _run_table(x, reduction, windows, table, dim, mask, weights, return_indices, fill, False)
+
+
+def _is_frequent(
+    x: Tensor, reduction: Reduction, windows: Windows, runs: Tensor, others: tuple[Any, ...]
+) -> bool:
+    """Whether the call asks for no more than the maximum, minimum, sum or mean of each sample of a
+    plain tensor on the CPU. `others`: mask, weights, return_indices, fill."""
+    return (
+        type(reduction) in _REPEATED
+        and type(windows) is Global
+        and others == (None, None, False, 0)
+        and x.is_cpu
+        and x.is_contiguous()
+        and x.numel() > 0
+        and runs.numel() > 1
+        and ops.is_plain(x)
+        and ragged.is_readable(runs)
+        and not os.environ.get("TORCHPOOL_BACKEND")
+    )
 
 
 def _ragged_outputs(x: Tensor, windows: Windows, size: int) -> int:
@@ -269,6 +292,10 @@ def _pool_packed(
     _check_types(x, reduction, windows)
     dim = _ragged_axis(x, windows, 0 if dims is None else dims)
     offsets = ragged.check_offsets(offsets, x.shape[dim], x.device)
+    if _is_frequent(x, reduction, windows, offsets, (mask, weights, return_indices, fill)):
+        y = ops.over_runs(x, reduction, dim, ragged.packed_runs(offsets))
+        if y is not None:
+            return y, torch.arange(offsets.shape[0])
     table, made = ragged.packed_table(windows, offsets, x.shape[dim])
     pooled = _run_table(
         x, reduction, windows, table, dim, mask, weights, return_indices, fill, True

@@ -9,6 +9,7 @@ serve a case says why, and the reference runs. Windows travel as a flat list of 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -211,25 +212,73 @@ def _ready_for_gradients(
 ) -> Any:
     """The same where a gradient is asked for. What a backend prepared is not differentiable itself:
     further derivatives go through the operators of the gradient."""
-    spec, numbers = reduction.spec, tuple(pack(axes))
-    selects, last = isinstance(reduction, Selection), layout.is_channels_last(x)
+    spec, numbers, last = reduction.spec, tuple(pack(axes)), layout.is_channels_last(x)
     if prepared is None:
-        if selects:
+        if isinstance(reduction, Selection):
             return lambda x: _select_directly(x, None, None, spec, numbers, True)[0]
         return lambda x: _accumulate_directly(x, None, None, None, None, spec, numbers, True)[0]
 
     def by_operator(grad: Tensor, state: Tensor | None) -> Tensor:
-        if selects:
-            gx: Tensor = _call_select_backward(grad, state, None, numbers, last)
-            return gx
-        empty = grad.new_empty(0)
-        stats = empty.to(layout.compute_dtype(grad.dtype))
-        others = (empty, None, None, None, None, stats, spec, numbers, last, [True, False, False])
-        gx, _, _ = _call_accumulate_backward(grad, *others)
-        return gx
+        return _gradient(grad, state, None, spec, numbers, last)
 
     call: Any = _Ready.apply
     return lambda x: call(x, prepared, by_operator)
+
+
+def over_runs(x: Tensor, reduction: Reduction, dim: int, table: Any) -> Tensor | None:
+    """One value for each run of rows of a plain, contiguous tensor on the CPU; None where its
+    backend serves it as everything else.
+
+    Args:
+        dim: the axis of the rows.
+        table: int64 array (N or 1, runs, 3): first row, number of rows, 0.
+    """
+    backend, watched = _load(_TABLES["cpu"]), is_watched(x)
+    if isinstance(backend, str):
+        return None
+    prepared = backend.over_runs(x, reduction, dim, table, watched)
+    if prepared is None:
+        return None
+    if not watched:
+        y: Tensor = prepared.forward(x)[0]
+        return y
+    spec, shape, size = reduction.spec, x.shape, x.shape[dim]
+    numbers = tuple(pack([Axis(size, table.shape[1], size, 1, 1, 0, 0)]))
+
+    def by_operator(grad: Tensor, state: Tensor | None) -> Tensor:
+        def planes(t: Tensor) -> Tensor:
+            return t.reshape(math.prod(shape[:dim]), t.shape[dim], -1).movedim(1, 2)
+
+        grad, state = planes(grad), None if state is None else planes(state)
+        rows = torch.from_numpy(table)[:, None, None]
+        if len(rows) > 1:
+            rows = rows.repeat_interleave(len(grad) // len(rows), 0)
+        gx = _gradient(grad, state, rows, spec, numbers, layout.is_channels_last(grad))
+        return gx.movedim(2, 1).reshape(shape)
+
+    call: Any = _Ready.apply
+    made: Tensor = call(x, prepared, by_operator)
+    return made
+
+
+def _gradient(
+    grad: Tensor,
+    state: Tensor | None,
+    starts: Tensor | None,
+    spec: str,
+    numbers: Sequence[int],
+    channels_last: bool,
+) -> Tensor:
+    """The gradient by x of a selection, which has a state, or of a sum or mean, by the operators,
+    which are differentiable themselves."""
+    if state is not None:
+        by_winner: Tensor = _call_select_backward(grad, state, starts, numbers, channels_last)
+        return by_winner
+    empty = grad.new_empty(0)
+    stats = empty.to(layout.compute_dtype(grad.dtype))
+    given = (grad, empty, None, None, None, starts, stats, spec, numbers, channels_last)
+    gx: Tensor = _call_accumulate_backward(*given, [True, False, False])[0]
+    return gx
 
 
 class _Ready(torch.autograd.Function):

@@ -296,6 +296,24 @@ def _runs(first: Tensor, count: Tensor) -> Tensor:
     return torch.stack([first, count, torch.zeros_like(count)], -1)
 
 
+def padded_runs(lengths: Tensor, size: int, padding_side: str) -> Any:
+    """The rows of `padded_table` of readable lengths and one window per sample, as an array of
+    int64 (N, 1, 3)."""
+    table = np.zeros((lengths.shape[0], 1, 3), np.int64)
+    table[:, 0, 1] = known = lengths.numpy()
+    if padding_side == "left":
+        table[:, 0, 0] = size - known
+    return table
+
+
+def packed_runs(offsets: Tensor) -> Any:
+    """The rows of `segment_table` of readable offsets, as an array of int64 (1, M, 3)."""
+    known = offsets.numpy()
+    table = np.zeros((1, known.shape[0] - 1, 3), np.int64)
+    table[0, :, 0], table[0, :, 1] = known[:-1], np.diff(known)
+    return table
+
+
 # Jagged nested tensors and packed sequences ---------------------------------------------
 
 

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchpool import ragged
-from torchpool.functional import _check_types, _run_table
+from torchpool import ops, ragged
+from torchpool.functional import _check_types, _is_frequent, _run_table
 from torchpool.kernels import layout
 from torchpool.reductions import Reduction
 from torchpool.windows import Global
 
 __all__ = ["segment_median", "segment_pool", "segment_quantile"]
 
+_WHOLE = Global()
 INTERPOLATIONS = ("linear", "lower", "higher", "nearest", "midpoint")
 
 
@@ -94,7 +95,7 @@ def segment_pool(
             [0., 0.],
             [6., 7.]])
     """
-    _check_types(values, reduction, Global())
+    _check_types(values, reduction, _WHOLE)
     dim = _row_axis(values, dim)
     segments = _segments(values.shape[dim], values.device, offsets, index, num_segments)
     size = values.shape[dim]
@@ -102,11 +103,16 @@ def segment_pool(
         mask = segments.sorted(_aligned(mask, values, "mask"), dim)
     if weights is not None:
         weights = segments.sorted(_aligned(weights, values, "weights"), dim)
-    table = ragged.segment_table(segments.offsets, size)
     rows = segments.sorted(values, dim)
     assert rows is not None
+    others = (mask, weights, return_indices, fill)
+    if _is_frequent(rows, reduction, _WHOLE, segments.offsets, others):
+        y = ops.over_runs(rows, reduction, dim, ragged.packed_runs(segments.offsets))
+        if y is not None:
+            return y
+    table = ragged.segment_table(segments.offsets, size)
     pooled = _run_table(
-        rows, reduction, Global(), table, dim, mask, weights, return_indices, fill, True
+        rows, reduction, _WHOLE, table, dim, mask, weights, return_indices, fill, True
     )
     if not return_indices or segments.order is None:
         return pooled

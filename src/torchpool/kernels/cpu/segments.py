@@ -3,6 +3,7 @@ packed rows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from torchpool.kernels import layout
-from torchpool.kernels.cpu import formulas, tables, threads
+from torchpool.kernels.cpu import Training, formulas, tables, threads
 from torchpool.kernels.cpu.arrays import by_channel, effective, flat, parameters
 from torchpool.kernels.cpu.direct import ByChannel, ByWindow
 from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
-from torchpool.reductions import Accumulation, Mean, Selection, Sum
+from torchpool.reductions import Accumulation, Mean, Reduction, Selection, Sum
 from torchpool.windows import Axis
 
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
@@ -73,6 +74,51 @@ def _batch(like: Tensor, starts: Tensor, axis: Axis, channels_last: bool) -> _Ba
     per = 1 if channels_last or table.shape[0] == 1 else c
     planes, inner, each = (n, c, 0) if channels_last else (n * c, 1, 1)
     return _Batch(channels_last, table, axis.in_size, planes, inner, c, each, per, axis.dilation)
+
+
+def over_runs(
+    like: Tensor, reduction: Reduction, dim: int, table: Any, save: bool
+) -> Training | None:
+    """Both passes over runs of rows, as functions of contiguous tensors like this one.
+
+    Args:
+        dim: the axis of the rows.
+        table: int64 (N or 1, M, 3): first row, number of rows, 0; N of the axes before dim together
+            or of the first of them.
+        save: whether there will be a backward pass.
+    """
+    shape, size = like.shape, like.shape[dim]
+    if like.dtype not in _FLOATS or size >= 1 << 31:
+        return None
+    planes, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
+    per = 1 if len(table) == 1 else planes // len(table)
+    batch = _Batch(inner > 1, table, size, planes, inner, inner, 0, per, 1)
+    outs = (*shape[:dim], table.shape[1], *shape[dim + 1 :])
+    traffic = batch.elements * like.element_size()
+    selects = isinstance(reduction, Selection)
+    dtype = layout.state_dtype([Axis(size, 1, size, 1, 1, 0, 0)])
+    tag: Any = _TOTAL
+    if isinstance(reduction, Selection):
+        tag = _LARGEST if reduction.largest else _SMALLEST
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = in_large_pages(x.new_empty(outs))
+        state = x.new_empty(outs, dtype=dtype) if selects and save else None
+        kept = None if state is None else flat(state, False)
+        _forward(batch, tag, (flat(x, False), None, None, flat(y, False), kept), traffic, reduction)
+        return y, state
+
+    def backward(grad: Tensor, state: Tensor | None) -> Tensor:
+        grad = grad.to(layout.compute_dtype(grad.dtype)).contiguous()
+        gx = in_large_pages(grad.new_empty(shape))
+        arrays = flat(grad, False), flat(gx, False)
+        if state is None:
+            _spread(batch, _TOTAL, (arrays[0], None, None, None, None), arrays[1], None, reduction)
+        else:
+            _to_winners(batch, arrays[0], flat(state, False), arrays[1])
+        return gx.to(like.dtype)
+
+    return Training(forward, backward)
 
 
 def _why_not(starts: Tensor, axes: Sequence[Axis]) -> str | None:
@@ -151,14 +197,16 @@ def select_backward(
     gx = in_large_pages(layout.empty(grad, [axes[0].in_size], channels_last, wide))
     if gx.numel():
         batch = _batch(state, starts, axes[0], channels_last)
-        arrays = [flat(t, channels_last) for t in (grad.to(wide), state, gx)]
-        traffic = gx.nbytes
-        blocks = batch.row_blocks(traffic)
-        threads.run(
-            tables.scatter, batch.planes * blocks, traffic, *arrays, batch.table, batch.size,
-            batch.inner, batch.per, batch.step, blocks,
-        )  # fmt: skip
+        _to_winners(batch, *(flat(t, channels_last) for t in (grad.to(wide), state, gx)))
     return gx.to(grad.dtype)
+
+
+def _to_winners(batch: _Batch, g: Any, state: Any, gx: Any) -> None:
+    blocks = batch.row_blocks(gx.nbytes)
+    threads.run(
+        tables.scatter, batch.planes * blocks, gx.nbytes, g, state, gx, batch.table, batch.size,
+        batch.inner, batch.per, batch.step, blocks,
+    )  # fmt: skip
 
 
 def why_not_accumulate(
@@ -263,25 +311,32 @@ def accumulate_backward(
             stats = grad.new_empty((reduction.num_sums + 2) * grad.numel(), dtype=dtype)
             _accumulate(batch, x, formula, torch.empty_like(grad), stats, reduction)
         state = stats.reshape(-1).numpy()
-    traffic = batch.elements * gx.element_size() * 2
     values = None if state is None else flat(x, channels_last)
     given = (flat(grad, channels_last), values, formula.weights, formula.params, state)
     if needs[0] or needs[1]:
-        blocks = batch.row_blocks(traffic)
         by_weights = None
         if formula.weights is not None:
             by_weights = flat(gw if needs[1] else torch.empty_like(gx), channels_last)
-        is_mean = formula.tag is _TOTAL and isinstance(reduction, Mean)
-        threads.run(
-            tables.backward, batch.planes * blocks, traffic, formula.tag, *given,
-            flat(gx, channels_last), by_weights, *batch.geometry, blocks, *_divisor(reduction),
-            is_mean,
-        )  # fmt: skip
+        _spread(batch, formula.tag, given, flat(gx, channels_last), by_weights, reduction)
     if needs[2]:
         by_p = np.empty(grad.numel(), formula.params.dtype)
+        traffic = 2 * batch.elements * gx.element_size()
         threads.run(
             tables.by_parameter, batch.pieces, traffic, batch.way, formula.tag, *given, by_p,
             *batch.geometry,
         )  # fmt: skip
         gp = by_channel(by_p, grad, formula.params.size, channels_last)
     return gx.to(grad.dtype), gw, gp
+
+
+def _spread(
+    batch: _Batch, tag: Any, given: tuple[Any, ...], gx: Any, gw: Any, reduction: Any
+) -> None:
+    """`given`: grad, x, weights, parameters, state."""
+    traffic = (1 if given[1] is None else 2) * batch.elements * gx.itemsize
+    blocks = batch.row_blocks(traffic)
+    is_mean = tag is _TOTAL and isinstance(reduction, Mean)
+    threads.run(
+        tables.backward, batch.planes * blocks, traffic, tag, *given, gx, gw, *batch.geometry,
+        blocks, *_divisor(reduction), is_mean,
+    )  # fmt: skip

@@ -65,6 +65,8 @@ BLOCK = 256
 """Inner elements of a window that are one piece of work."""
 FIRST, COUNT, PADDING = range(3)
 """Columns of a table."""
+COPIED = 4096
+"""Elements, about, that a row repeats at once: they stay in the nearest cache."""
 
 
 # Forward ------------------------------------------------------------------------------------
@@ -432,10 +434,25 @@ def send_run(tag, x, weights, params, p, gx, gw, at, length, shares, inner, is_f
 
 
 @njit(**INNER)
+def repeat(out, at, period, length):
+    """Fills `length` elements with what stands in the first `period` of them."""
+    done, most = period, period * max(1, COPIED // period)
+    while done < length:
+        part = min(done, most, length - done)
+        for k in range(0, part, width(out)):
+            put_lanes(out, at + done + k, load_up_to(out, at + k, part - k), part - k)
+        done += part
+
+
+@njit(**INNER)
 def send_taps(tag, x, weights, params, p, gx, gw, at, taps, step, shares, inner, is_fresh):
     """What a window sends to `taps` of its taps, of which the first begins at element `at`."""
     if inner == 1 and step == 1:
         send_run(tag, x, weights, params, p, gx, gw, at, taps, shares, inner, is_fresh)
+        return
+    if x is None and is_fresh and step == 1 and taps > 1:
+        send_run(tag, x, weights, params, p, gx, gw, at, inner, shares, inner, is_fresh)
+        repeat(gx, at, inner, taps * inner)
         return
     for j in range(taps):
         begin = at + j * step * inner
