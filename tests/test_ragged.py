@@ -239,6 +239,18 @@ def test_gradients_of_long_runs(reduction, inner):
     torch.testing.assert_close(x.grad, share.repeat_interleave(counts, 0), rtol=1e-6, atol=0)
 
 
+def test_a_second_derivative_past_a_byte_of_state():
+    x = torch.randn(300, 2, requires_grad=True)
+    g = torch.randn(2, 2, requires_grad=True)
+    y = tp.segment_pool(x, tp.Max(), offsets=torch.tensor([0, 299, 300]))
+    (gx,) = torch.autograd.grad(y, x, g, create_graph=True)
+    assert torch.equal(gx.sum(0), g.sum(0))
+    weights = torch.rand(300, 2)
+    (gx * weights).sum().backward()
+    expected = torch.stack([weights[:299].gather(0, x[:299].argmax(0)[None])[0], weights[299]])
+    assert torch.equal(g.grad, expected)
+
+
 def test_half_and_integer_dtypes():
     x = batch(torch.float32)
     for dtype in (torch.float16, torch.bfloat16):

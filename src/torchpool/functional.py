@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -230,31 +230,49 @@ def _pool_padded(
     size = x.shape[dim]
     outputs = _ragged_outputs(x, windows, size)
     lengths = ragged.check_lengths(lengths, size, x.device, count=x.shape[0])
-    if _is_frequent(x, reduction, windows, lengths, (mask, weights, return_indices, fill)):
-        y = ops.over_runs(x, reduction, dim, ragged.padded_runs(lengths, size, padding_side))
-        if y is not None:
-            return y
+    runs = partial(ragged.padded_runs, lengths, size, padding_side)
+    others = (mask, weights, return_indices, fill)
+    y = _over_runs(x, reduction, windows, dim, lengths, others, runs)
+    if y is not None:
+        return y
     table = ragged.padded_table(windows, lengths, size, outputs, padding_side)
     return _run_table(x, reduction, windows, table, dim, mask, weights, return_indices, fill, False)
 
 
-def _is_frequent(
-    x: Tensor, reduction: Reduction, windows: Windows, runs: Tensor, others: tuple[Any, ...]
-) -> bool:
-    """Whether the call asks for no more than the maximum, minimum, sum or mean of each sample of a
-    plain tensor on the CPU. `others`: mask, weights, return_indices, fill."""
-    return (
+def _over_runs(
+    x: Tensor,
+    reduction: Reduction,
+    windows: Windows,
+    dim: int,
+    bounds: Tensor,
+    others: tuple[Any, ...],
+    runs: Callable[[], Any],
+) -> Tensor | None:
+    """The maximum, minimum, sum or mean of each sample of a plain tensor on the CPU, past what
+    other cases need; None of any other case.
+
+    Args:
+        bounds: the lengths or offsets of the samples, from which
+        runs: makes the rows of their table.
+        others: mask, weights, return_indices, fill.
+    """
+    mask, weights, return_indices, fill = others
+    is_frequent = (
         type(reduction) in _REPEATED
         and type(windows) is Global
-        and others == (None, None, False, 0)
+        and mask is None
+        and weights is None
+        and not return_indices
+        and fill == 0
         and x.is_cpu
         and x.is_contiguous()
         and x.numel() > 0
-        and runs.numel() > 1
+        and bounds.numel() > 1
         and ops.is_plain(x)
-        and ragged.is_readable(runs)
+        and ragged.is_readable(bounds)
         and not os.environ.get("TORCHPOOL_BACKEND")
     )
+    return ops.over_runs(x, reduction, dim, runs()) if is_frequent else None
 
 
 def _ragged_outputs(x: Tensor, windows: Windows, size: int) -> int:
@@ -292,10 +310,11 @@ def _pool_packed(
     _check_types(x, reduction, windows)
     dim = _ragged_axis(x, windows, 0 if dims is None else dims)
     offsets = ragged.check_offsets(offsets, x.shape[dim], x.device)
-    if _is_frequent(x, reduction, windows, offsets, (mask, weights, return_indices, fill)):
-        y = ops.over_runs(x, reduction, dim, ragged.packed_runs(offsets))
-        if y is not None:
-            return y, torch.arange(offsets.shape[0])
+    runs = partial(ragged.packed_runs, offsets)
+    others = (mask, weights, return_indices, fill)
+    y = _over_runs(x, reduction, windows, dim, offsets, others, runs)
+    if y is not None:
+        return y, torch.arange(offsets.shape[0])
     table, made = ragged.packed_table(windows, offsets, x.shape[dim])
     pooled = _run_table(
         x, reduction, windows, table, dim, mask, weights, return_indices, fill, True

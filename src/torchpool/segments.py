@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchpool import ops, ragged
-from torchpool.functional import _check_types, _is_frequent, _run_table
+from torchpool import ragged
+from torchpool.functional import _check_types, _over_runs, _run_table
 from torchpool.kernels import layout
 from torchpool.reductions import Reduction
 from torchpool.windows import Global
@@ -106,10 +107,10 @@ def segment_pool(
     rows = segments.sorted(values, dim)
     assert rows is not None
     others = (mask, weights, return_indices, fill)
-    if _is_frequent(rows, reduction, _WHOLE, segments.offsets, others):
-        y = ops.over_runs(rows, reduction, dim, ragged.packed_runs(segments.offsets))
-        if y is not None:
-            return y
+    runs = partial(ragged.packed_runs, segments.offsets)
+    y = _over_runs(rows, reduction, _WHOLE, dim, segments.offsets, others, runs)
+    if y is not None:
+        return y
     table = ragged.segment_table(segments.offsets, size)
     pooled = _run_table(
         rows, reduction, _WHOLE, table, dim, mask, weights, return_indices, fill, True
