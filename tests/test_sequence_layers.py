@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchpool as tp
-from torchpool.nn import SentencePool, sequence
+from torchpool.nn import SentencePool, over_time, sequence
 
 N, C, T = 4, 6, 9
 LENGTHS = torch.tensor([9, 4, 1, 6])
@@ -395,6 +396,31 @@ def test_alone_is_as_in_a_batch_whatever_the_padding_holds(name, what):
     assert not gx.masked_select(~mask[:, None]).any()
     for key, g in gp.items():
         torch.testing.assert_close(g, total[key], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf, 1e30, -1e30, 7.0])
+@pytest.mark.parametrize(
+    "layer", [tp.nn.AttentionPool, tp.nn.SelfAttentivePool, tp.nn.GatedAttentionPool]
+)
+def test_products_in_single_precision_do_not_meet_the_padding(layer, what):
+    torch.manual_seed(0)
+    built = layer(C)
+    x, mask = positive(N, C, T).float(), length_mask()
+    expected = gradients(built, padded(x, mask, 0.0), lengths=LENGTHS)
+    got = gradients(built, padded(x, mask, what), lengths=LENGTHS)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_is_cleaned_only_where_it_could_spoil_a_product():
+    mask = length_mask()
+    x = positive(N, C, T).float()
+    valid = over_time.Valid(T, mask)
+    assert over_time.harmless(x, valid) is x
+    for what in (math.nan, math.inf, 1e30):
+        made = over_time.harmless(padded(x, mask, what), valid)
+        assert torch.equal(made, padded(x, mask, 0.0))
+    recorded = make_fx(lambda x: over_time.harmless(x, valid))(x)  # for other values, too
+    assert torch.equal(recorded(padded(x, mask, math.nan)), padded(x, mask, 0.0))
 
 
 @ALSO_GAUSSIAN

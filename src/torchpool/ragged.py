@@ -179,7 +179,7 @@ def lengths_of(mask: Tensor) -> tuple[Tensor, str] | None:
     Shape:
         bool (N, T) -> int64 (N,), T at least 1
     """
-    if not is_readable(mask) or _is_recorded():
+    if not is_readable(mask) or is_recorded():
         return None
     known = mask.numpy()
     size, total = known.shape[1], np.count_nonzero(known)
@@ -192,7 +192,7 @@ def lengths_of(mask: Tensor) -> tuple[Tensor, str] | None:
     return None
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Whether somebody may write down the calls of operators, to repeat them for other values."""
     modes: int = torch._C._len_torch_dispatch_stack()
     return modes > 0 or torch._C._get_tracing_state() is not None

@@ -14,7 +14,9 @@ from torchpool.nn.over_time import (
     check_channels,
     check_count,
     cleaned,
+    harmless,
     over_time,
+    product_over_time,
     softmax_over_time,
 )
 from torchpool.reductions import Mean, Std
@@ -46,15 +48,15 @@ class _Scored(OverTime):
     ) -> Tensor:
         """The weight of each element, (N, H, T): 0 where it is not valid; they sum to 1."""
         x, valid = self._arrange(x, mask, lengths)
-        return self._weights(cleaned(x, valid), valid)
+        return self._weights(harmless(x, valid), valid)
 
     def _weights(self, x: Tensor, valid: Valid | None) -> Tensor:
         check_channels(self, self.channels, x)
         return softmax_over_time(self._scores(x.mT).mT, valid)
 
     def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
-        x = cleaned(x, valid)
-        y: Tensor = x @ self._weights(x, valid).mT.to(x.dtype)
+        x = harmless(x, valid)
+        y = product_over_time(x, self._weights(x, valid).to(x.dtype))
         return y.to(x.dtype)  # autocast multiplies in its own type
 
 
@@ -203,7 +205,7 @@ class AttentionPool(OverTime):
 
     def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
         check_channels(self, self.channels, x)
-        tokens = cleaned(x, valid).mT
+        tokens = harmless(x, valid).mT
         queries = self.queries.expand(x.shape[0], -1, -1)
         q, k, v = self.query(queries), self.key(tokens), self.value(tokens)
         attended = None

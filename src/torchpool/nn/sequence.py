@@ -21,7 +21,9 @@ from torchpool.nn.over_time import (
     check_channels,
     check_count,
     cleaned,
+    harmless,
     over_time,
+    product_over_time,
     ranks,
 )
 from torchpool.ragged import is_readable
@@ -400,14 +402,11 @@ class RankPool(OverTime):
         self.ridge = ridge
 
     def _pool(self, x: Tensor, valid: Valid | None) -> Tensor:
-        wide = cleaned(x, valid).to(torch.promote_types(x.dtype, torch.float32))
-        valid = all_valid(x) if valid is None else valid
-        y = (
-            self._closed_form(wide, valid)
-            if self.ridge is None
-            else self._fit(wide, valid, self.ridge)
-        )
-        return y
+        wide = torch.promote_types(x.dtype, torch.float32)
+        counted = all_valid(x) if valid is None else valid
+        if self.ridge is None:
+            return self._closed_form(harmless(x, valid).to(wide), counted)
+        return self._fit(cleaned(x, valid).to(wide), counted, self.ridge)
 
     def _closed_form(self, x: Tensor, valid: Valid) -> Tensor:
         """The sum of alpha_t x_t, in which alpha_t gathers all pairs of which x_t is a part."""
@@ -418,7 +417,8 @@ class RankPool(OverTime):
             alpha = (alpha / time.clamp(min=1)).masked_fill(~valid.mask, 0)
             alpha = alpha.flip(-1).cumsum(-1).flip(-1)
         pairs = (n * (n - 1) / 2).clamp(min=1)
-        return (x @ (alpha / pairs).masked_fill(~valid.mask, 0).unsqueeze(-1)).squeeze(-1)
+        weights = (alpha / pairs).masked_fill(~valid.mask, 0).expand(x.shape[0], -1)
+        return product_over_time(x, weights.unsqueeze(1)).squeeze(2)
 
     def _fit(self, x: Tensor, valid: Valid, ridge: float) -> Tensor:
         """Ridge regression of time on v, in the smaller of the spaces of channels and of times."""

@@ -16,6 +16,7 @@ from torchpool.nn.over_time import (
     check_choice,
     over_time,
     ranks,
+    weighted_sum,
 )
 from torchpool.reductions import Max, Mean, Sum
 
@@ -101,7 +102,7 @@ class WeightedMeanTokens(OverTime):
             total = n * (n + 1) / 2
         else:
             total = (weights if valid is None else weights * valid.mask).sum(-1, keepdim=True)
-        return over_time(x * weights[:, None], Sum(), valid) / total.clamp(min=1)
+        return weighted_sum(x, weights, valid) / total.clamp(min=1)
 
     def extra_repr(self) -> str:
         return self._described(positions=self.positions)
