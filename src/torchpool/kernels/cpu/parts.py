@@ -91,7 +91,7 @@ class _Apart(_Part):
 
 class _Kernel(JITCodeLibrary):
     """What runs, optimised once: Numba does it twice to save counts of references, of which kernels
-    have but a handful. LLVM's third level adds nothing to explicit vectors."""
+    have but a handful."""
 
     def add_ir_module(self, module: Any) -> None:
         _keep_short(module)
@@ -105,7 +105,7 @@ class _Kernel(JITCodeLibrary):
         super().finalize()
 
     def _optimize_final_module(self) -> None:
-        options = {"opt": 2, "loop_vectorize": False, "slp_vectorize": False}
+        options = {"loop_vectorize": False, "slp_vectorize": False}
         passes, builder = self._codegen._module_pass_manager(**options)
         with self._recorded_timings.record("Module passes", builder):
             passes.run(self._final_module, builder)
