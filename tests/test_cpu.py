@@ -660,6 +660,24 @@ def test_checked_accesses_fail_outside() -> None:
             outside()
 
 
+@pytest.mark.parametrize("units", [1, 3])
+def test_what_a_kernel_fails_with_is_raised(units):
+    from numba import njit
+
+    @njit(**{**parts.JIT, "cache": False})
+    def spoil(begin, end, x):
+        for i in range(begin, end):
+            if x[i] > 2:
+                raise ValueError("a formula refuses an element")
+            x[i] = 3
+
+    x = np.ones(units)
+    threads.run(spoil, units, threads.PARALLEL_BYTES, x)
+    assert (x == 3).all()
+    with pytest.raises(ValueError, match="refuses"):
+        threads.run(spoil, units, threads.PARALLEL_BYTES, x)
+
+
 def test_parts_are_linked_after_all_that_call_them():
     class Library(parts._Part):
         def __init__(self, *called):

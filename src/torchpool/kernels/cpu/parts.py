@@ -12,11 +12,15 @@ from functools import partial
 from typing import Any
 
 from llvmlite.binding import create_new_function_pass_manager
+from numba import njit
 from numba.core import typed_passes, untyped_passes
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase
-from numba.core.compiler_machinery import PassManager
+from numba.core.compiler_machinery import PassManager, register_pass
+from numba.core.lowering import Lower
 from numba.extending import overload
+
+from torchpool.kernels.cpu.shares import add_entry
 
 
 def _keep_short(module: Any) -> None:
@@ -147,9 +151,27 @@ kernels are not written with: expressions of whole arrays, closures, lists made 
 functions that Numba itself inlines, loops over tuples, blocks of `with`."""
 
 
-def _steps() -> list[Any]:
+class _EnteredByWords(Lower):  # type: ignore[misc]
+    """Intermediate code of a kernel, with an entry for arrays of words instead of Python's objects,
+    which would make a sixth of the kernel's code."""
+
+    def create_cpython_wrapper(self, release_gil: bool = False) -> None:
+        add_entry(self.context, self.library, self.fndesc)
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _KernelLowering(typed_passes.BaseNativeLowering):  # type: ignore[misc]
+    _name: Any = "kernel_lowering"
+
+    @property
+    def lowering_class(self) -> Any:
+        return _EnteredByWords
+
+
+def _steps(lowering: Any = typed_passes.NativeLowering) -> list[Any]:
     manager = PassManager("kernels")
     for step in _STEPS:
+        step = lowering if step is typed_passes.NativeLowering else step
         manager.add_pass(step, step.__name__)
     manager.finalize()
     return [manager]
@@ -175,12 +197,20 @@ class KernelCompiler(CompilerBase):
     """Numba's usual compiler, for kernels of explicit vectors: no two of their arrays share memory
     that they write."""
 
+    lowering: Any = _KernelLowering
+
     def define_pipelines(self) -> list[Any]:
         self.state.flags.noalias = True
         name = self.state.func_id.func_qualname
         self.state.library = _Kernel(self.state.targetctx.codegen(), name)
         self.state.library.enable_object_caching()
-        return _steps()
+        return _steps(self.lowering)
+
+
+class RaisingCompiler(KernelCompiler):
+    """The same for kernels that Python calls, to see what they raise."""
+
+    lowering = typed_passes.NativeLowering
 
 
 _COMMON: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -212,6 +242,12 @@ JIT: dict[str, Any] = {
     "pipeline_class": KernelCompiler,
 }
 """Options of kernels."""
+
+
+def raising(kernel: Any) -> Any:
+    """A kernel as a function of Python's objects, which raises what it fails with."""
+    return njit(**{**JIT, "cache": False, "pipeline_class": RaisingCompiler})(kernel.py_func)
+
 
 inlined: Any = partial(overload, jit_options=INNER)  # type: ignore[arg-type]
 """`numba.extending.overload` for implementations that become a part of the kernels."""

@@ -1,8 +1,9 @@
 """A compiled kernel as a function of a share of its work, and the threads that run the shares.
 
-A kernel's machine code takes all its arguments in Numba's own convention. A stub of a few
-instructions reads them from an array of 64-bit words instead: numbers as they are, arrays as the
-words of Numba's array structure (owner, parent, items, bytes of an item, address, shape, strides).
+A kernel's machine code takes all its arguments in Numba's own convention. Its entry, a few
+instructions that are compiled and cached with it, reads them from an array of 64-bit words: numbers
+as they are, arrays as the words of Numba's array structure (owner, parent, items, bytes of an item,
+address, shape, strides).
 
 The threads are those of the OpenMP runtime that torch itself runs on, entered by `GOMP_parallel`,
 which GNU's, LLVM's and Intel's runtimes have but for Windows; Python's threads stand in where it is
@@ -26,12 +27,11 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import cfunc, types
-from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
 _WORD = ir.IntType(64)
-_STUB = ir.FunctionType(_WORD, [_WORD, _WORD, _WORD])
-_stubs: dict[Any, tuple[int, Any]] = {}
+_ENTRY = ir.FunctionType(_WORD, [_WORD, _WORD, _WORD])
+_entries: dict[Any, int] = {}
 
 
 class Call:
@@ -47,7 +47,7 @@ class Call:
     def __init__(
         self, kernel: Any, units: int, args: tuple[Any, ...], changing: tuple[Any, ...] = ()
     ) -> None:
-        words = [0, 0, 0, _stub(kernel, args), units]
+        words = [0, 0, 0, _entry(kernel, args), units]
         self._places, self._kept = [], []
         for arg in args:
             if any(arg is array for array in changing):
@@ -72,8 +72,8 @@ class Call:
 
 
 _SHARES, _NEXT, _FAILED, _CODE, _UNITS, _WORDS = range(6)
-"""What a job is made of: the number of shares, the next one, how many failed, the stub's address,
-the pieces of work, and the words of the arguments."""
+"""What a job is made of: the number of shares, the next one, how many failed, the address of the
+kernel's entry, the pieces of work, and the words of the arguments."""
 _ADDRESS = 4
 """Which word of an array is its address."""
 
@@ -91,15 +91,15 @@ def _taken(typingctx, job, place, count):
 
 
 @intrinsic
-def _call(typingctx, stub, begin, end, job, place):
+def _call(typingctx, entry, begin, end, job, place):
     """Calls the machine code at an address with the words from a place on; returns what it says of
     errors, 0 if there was none."""
 
     def codegen(context, builder, signature, args):
-        stub, begin, end, job, place = args
+        entry, begin, end, job, place = args
         place = context.cast(builder, place, signature.args[-1], types.int64)
         words = builder.ptrtoint(builder.gep(job, [place]), _WORD)
-        return builder.call(builder.inttoptr(stub, _STUB.as_pointer()), [begin, end, words])
+        return builder.call(builder.inttoptr(entry, _ENTRY.as_pointer()), [begin, end, words])
 
     return types.int64(types.int64, types.int64, types.int64, job, place), codegen
 
@@ -171,41 +171,42 @@ def _kind(arg: Any) -> Any:
     return (arg.dtype, arg.ndim) if isinstance(arg, np.ndarray) else type(arg)
 
 
-def _stub(kernel: Any, args: tuple[Any, ...]) -> int:
-    """The address of the stub for arguments of these types."""
+def _entry(kernel: Any, args: tuple[Any, ...]) -> int:
+    """The address of the kernel's entry for arguments of these types."""
     key = (kernel, *map(_kind, args))
-    if key not in _stubs:
+    if key not in _entries:
         signature = (types.int64, types.int64, *map(numba.typeof, args))
         kernel.compile(signature)
-        _stubs[key] = _make_stub(kernel.overloads[signature])
-    return _stubs[key][0]
+        made = kernel.overloads[signature]
+        _entries[key] = made.library.get_pointer_to_function(_name_of_entry(made.fndesc))
+    return _entries[key]
 
 
-@global_compiler_lock  # type: ignore[untyped-decorator]
-def _make_stub(kernel: Any) -> tuple[int, Any]:
-    """A function of (begin, end, address of the words) that calls the kernel; with its library,
-    which keeps it alive."""
-    context, result = kernel.target_context, kernel.signature.return_type
-    native = context.call_conv.get_function_type(result, kernel.signature.args)
-    name = f"share_of_{kernel.fndesc.llvm_func_name}"
-    library = context.codegen().create_library(name)
-    module = library.create_ir_module(name)
-    function = ir.Function(module, _STUB, name)
-    builder = ir.IRBuilder(function.append_basic_block())
-    begin, end, words = function.args
+def _name_of_entry(kernel: Any) -> str:
+    return f"entry_of_{kernel.llvm_func_name}"
+
+
+def add_entry(context: Any, library: Any, kernel: Any) -> None:
+    """Adds a kernel's entry to its library: a function of (begin, end, address of the words).
+
+    Args:
+        context: Numba's, of the machine that the kernel is compiled for.
+        kernel: Numba's description of the kernel.
+    """
+    native = context.call_conv.get_function_type(kernel.restype, kernel.argtypes)
+    module = library.create_ir_module("entry")
+    code = ir.Function(module, native, kernel.llvm_func_name)
+    builder = ir.IRBuilder(ir.Function(module, _ENTRY, _name_of_entry(kernel)).append_basic_block())
+    begin, end, words = builder.function.args
     returned, raised, *parameters = native.args
     args = [builder.alloca(returned.pointee), builder.alloca(raised.pointee), begin, end]
     words = builder.inttoptr(words, _WORD.as_pointer())
     for k, kind in enumerate(parameters[2:]):
         word = builder.load(builder.gep(words, [ir.Constant(_WORD, k)]))
         args.append(_as(builder, word, kind))
-    address = kernel.library.get_pointer_to_function(kernel.fndesc.llvm_func_name)
-    code = builder.inttoptr(ir.Constant(_WORD, address), native.as_pointer())
     status = builder.call(code, args)
     builder.ret(builder.sext(status, _WORD))
     library.add_ir_module(module)
-    library.finalize()
-    return library.get_pointer_to_function(name), library
 
 
 def _as(builder: Any, word: Any, kind: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchpool.kernels.cpu.parts import raising
 from torchpool.kernels.cpu.shares import Call
 
 PARALLEL_BYTES = 1 << 20
@@ -51,18 +52,15 @@ def run(kernel: Any, units: int, traffic: int, *args: Any) -> None:
         kernel: `kernel(begin, end, *args)` does the pieces `begin .. end - 1`.
         traffic: bytes moved, which decides whether threads pay.
     """
-    shares, threads = split(units, traffic)
-    if threads <= 1:
-        kernel(0, units, *args)
-    elif not Call(kernel, units, args).run(shares, threads):
+    if not Call(kernel, units, args).run(*split(units, traffic)):
         fail(kernel, units, args)
 
 
 def fail(kernel: Any, units: int, args: tuple[Any, ...]) -> None:
-    """Raises what a kernel raised that could not say it: on other threads, or called past Python.
+    """Raises what a kernel failed with and, called past Python, could not say.
 
     Raises:
         Exception: always.
     """
-    kernel(0, units, *args)
-    raise RuntimeError(f"{kernel.__name__} failed on several threads, not on one")
+    raising(kernel)(0, units, *args)
+    raise RuntimeError(f"{kernel.__name__} failed, and did not when it was called again")
