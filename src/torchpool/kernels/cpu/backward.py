@@ -434,9 +434,8 @@ def any_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares
     flush(row, size, gw, base, size)
 
 
-@njit(**INNER)
-def row_by_output(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps,
-                  row, hits, wide, geo, tab, inner):  # fmt: skip
+def row_by_output(way, tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes,
+                  taps, row, hits, wide, geo, tab, inner):  # fmt: skip
     """One input row whose windows lie at a regular stride."""
     if geo[3, KERNEL] <= 3 and geo[3, STRIDE] <= 2 and geo[3, DILATION] == 1:
         small_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, geo)
@@ -470,8 +469,7 @@ def _flush(row, begin, array, at, size):
     return copy
 
 
-@njit(**INNER)
-def row_by_channel(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes,
+def row_by_channel(way, tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes,
                    taps, row, hits, wide, geo, tab, inner):  # fmt: skip
     """One input row of positions of `inner` elements; lanes are channels."""
     like = splat(gx, 0)
@@ -508,9 +506,8 @@ def covered_alike(geo, i):
     return np.int64(1)
 
 
-@njit(**INNER)
-def row_by_window(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps,
-                  row, hits, wide, geo, tab, inner):  # fmt: skip
+def row_by_window(way, tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes,
+                  taps, row, hits, wide, geo, tab, inner):  # fmt: skip
     """One input row whose windows are long or irregular: what each window sends, one by one."""
     size = geo[3, SIZE]
     like = splat(gx, 0)
@@ -603,15 +600,19 @@ def _send_window_formula(tag, x, weights, p, base, at, code, shares, codes, row,
 # Kernel -------------------------------------------------------------------------------------
 
 
-def row_of(way: Any, *args: Any) -> None:
+def row_of(
+    way: Any, tag: Any, x: Any, weights: Any, p: Any, params: Any, gx: Any, gw: Any, base: Any,
+    rows: Any, bases: Any, found: Any, shares: Any, codes: Any, taps: Any, row: Any, hits: Any,
+    wide: Any, geo: Any, tab: Any, inner: Any,
+) -> None:  # fmt: skip
     """One input row, in one of these ways."""
 
 
 @inlined(row_of)
-def _row_of(way, *args):
-    rows = {ByOutput: row_by_output, ByChannel: row_by_channel, ByWindow: row_by_window}
-    row = rows[way.instance_class]
-    return lambda way, *args: row(*args)
+def _row_of(way, tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps,
+            row, hits, wide, geo, tab, inner):  # fmt: skip
+    rows_by = {ByOutput: row_by_output, ByChannel: row_by_channel, ByWindow: row_by_window}
+    return rows_by[way.instance_class]
 
 
 @njit(**INNER)

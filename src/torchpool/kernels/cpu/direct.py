@@ -153,9 +153,10 @@ def take_edge(goal, tag, held, x, weights, base, places, live, code, a, p):
     return take(goal, tag, held, t, weights_in(weights, base, places, live), live, code, a, p)
 
 
-@njit(**INNER)
-def visit_outputs(goal, tag, held, x, weights, rows, codes, found, o, count, geo, a, p):
-    """All taps of `count` windows side by side along the last axis, from window `o` on."""
+def visit_outputs(place, goal, tag, held, x, weights, lines, geo, a, p):
+    """All taps of windows side by side along the last axis."""
+    o, count = place
+    rows, codes, found = lines
     stride, step, size = geo[3, STRIDE], geo[3, DILATION], geo[3, SIZE]
     like = splat(x, 0)
     lanes = width(like)
@@ -183,11 +184,10 @@ def visit_outputs(goal, tag, held, x, weights, rows, codes, found, o, count, geo
     return held
 
 
-@njit(**INNER)
-def visit_inner(goal, tag, held, x, weights, rows, codes, found, window, c, count, inner, a, p):
-    """All taps of one window in channels `c .. c + count - 1`; `window` is its first and last tap,
-    the position of tap 0 and their distance."""
-    first, end, start, step = window
+def visit_inner(place, goal, tag, held, x, weights, lines, geo, a, p):
+    """All taps of one window in some channels."""
+    first, end, start, step, c, count, inner = place
+    rows, codes, found = lines
     like = splat(x, 0)
     for k in range(found):
         for j in range(first, end):
@@ -248,10 +248,10 @@ def _pick(x, at, places, blocks):
     return from_vectors
 
 
-@njit(**INNER)
-def visit_listed(goal, tag, held, x, weights, rows, codes, place, geo, a, p):
+def visit_listed(place, goal, tag, held, x, weights, lines, geo, a, p):
     """All taps of windows that are listed."""
     _, o, _, start, taps, steps, tab = place
+    rows, codes, _ = lines
     numbers = lane_numbers(splat(x, 0))
     places = converted(load_as(tab, start + o, numbers), numbers)
     has = converted(load_as(tab, taps + o, numbers), numbers)
@@ -278,11 +278,11 @@ NEAR = 4
 """Pairs of vectors up to which their elements are picked rather than gathered."""
 
 
-@njit(**INNER)
-def visit_tabled(goal, tag, held, x, weights, rows, place, a, p):
+def visit_tabled(place, goal, tag, held, x, weights, lines, geo, a, p):
     """All taps of windows that a table gives: windows a constant apart that have every tap are
     read as vectors."""
     _, longest, step, places, counts = place
+    rows = lines[0]
     like = splat(x, 0)
     numbers = lane_numbers(like)
     at, has = load_as(places, 0, numbers), load_as(counts, 0, numbers)
@@ -301,10 +301,10 @@ def visit_tabled(goal, tag, held, x, weights, rows, place, a, p):
     return held
 
 
-@njit(**INNER)
-def visit_window(goal, tag, held, x, weights, rows, codes, found, window, a, p):
+def visit_window(place, goal, tag, held, x, weights, lines, geo, a, p):
     """All elements of one window, several of a row at a time."""
-    first, end, start = window
+    first, end, start = place
+    rows, codes, found = lines
     like = splat(x, 0)
     numbers = lane_numbers(like)
     for k in range(found):
@@ -321,7 +321,7 @@ def visit_window(goal, tag, held, x, weights, rows, codes, found, window, a, p):
                 held = take_edge(
                     goal, tag, held, x, weights, at, numbers, live, numbers + (codes[k] + j), a, p
                 )
-    return held
+    return across(goal, tag, held)
 
 
 @njit(**INNER)
@@ -411,29 +411,13 @@ def visit(
 
 @inlined(visit)
 def _visit(place, goal, tag, held, x, weights, lines, geo, a, p):
-    kind = place.instance_class
-    if kind is Outputs:
-        return lambda place, goal, tag, held, x, weights, lines, geo, a, p: visit_outputs(
-            goal, tag, held, x, weights, lines[0], lines[1], lines[2], place[0], place[1], geo, a, p
-        )
-    if kind is Inner:
-        return lambda place, goal, tag, held, x, weights, lines, geo, a, p: visit_inner(
-            goal, tag, held, x, weights, lines[0], lines[1], lines[2], place[:4], place[4],
-            place[5], place[6], a, p,
-        )  # fmt: skip
-    if kind is Listed:
-        return lambda place, goal, tag, held, x, weights, lines, geo, a, p: visit_listed(
-            goal, tag, held, x, weights, lines[0], lines[1], place, geo, a, p
-        )
-    if kind is Tabled:
-        return lambda place, goal, tag, held, x, weights, lines, geo, a, p: visit_tabled(
-            goal, tag, held, x, weights, lines[0], place, a, p
-        )
-    return lambda place, goal, tag, held, x, weights, lines, geo, a, p: across(
-        goal, tag, visit_window(
-            goal, tag, held, x, weights, lines[0], lines[1], lines[2], place, a, p
-        )
-    )  # fmt: skip
+    return {
+        Outputs: visit_outputs,
+        Inner: visit_inner,
+        Listed: visit_listed,
+        Tabled: visit_tabled,
+        Whole: visit_window,
+    }[place.instance_class]
 
 
 def first_code(place: Any, like: Any, codes: Any, state: Any, geo: Any) -> Any:
@@ -668,7 +652,6 @@ def _side_by_side(way, o, count, geo, tab):
     )
 
 
-@njit(**INNER)
 def row_of_outputs(way, tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
                    ahead, ask):  # fmt: skip
     """Lanes are windows side by side."""
@@ -692,8 +675,7 @@ def alike_from(geo, o):
     return np.int64(1)
 
 
-@njit(**INNER)
-def row_of_channels(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
+def row_of_channels(way, tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
                     ahead, ask):  # fmt: skip
     """Lanes are channels."""
     like = splat(x, 0)
@@ -714,8 +696,7 @@ def row_of_channels(tag, x, weights, params, row, y, state, at, lines, geo, tab,
         o += whole
 
 
-@njit(**INNER)
-def row_of_windows(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
+def row_of_windows(way, tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
                    ahead, ask):  # fmt: skip
     """Lanes are elements of one window; as many windows as there are lanes are written at once."""
     like = splat(x, 0)
@@ -763,8 +744,7 @@ def merge_windows(tag, x, rows, found, kernel, start, stride, b):
     return merge(tag, lows(v, w, 1), highs(v, w, 1))
 
 
-@njit(**INNER)
-def row_of_values(tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
+def row_of_values(way, tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means,
                   ahead, ask):  # fmt: skip
     """`row_of_windows` of values alone; `row` is room for as many vectors as they have lanes."""
     rows, _, found = lines
@@ -864,19 +844,22 @@ class ByList(NamedTuple):
     unit: int = 0
 
 
-def walk(way: Any, *args: Any) -> None:
+def walk(
+    way: Any, tag: Any, x: Any, weights: Any, params: Any, row: Any, y: Any, state: Any, at: Any,
+    lines: Any, geo: Any, tab: Any, inner: Any, means: Any, ahead: Any, ask: Any,
+) -> None:  # fmt: skip
     """One row of outputs, which begins at y[at], in one of these ways."""
 
 
 @inlined(walk)
-def _walk(way, *args):
+def _walk(way, tag, x, weights, params, row, y, state, at, lines, geo, tab, inner, means, ahead,
+          ask):  # fmt: skip
     if way.instance_class in (ByOutput, ByList):
-        return lambda way, *args: row_of_outputs(way, *args)
-    row = row_of_channels if way.instance_class is ByChannel else row_of_windows
-    tag, _, weights, _, _, _, state = args[:7]
-    if row is row_of_windows and weights == state == types.none and not formulas.is_tag(tag):
-        row = row_of_values
-    return lambda way, *args: row(*args)
+        return row_of_outputs
+    if way.instance_class is ByChannel:
+        return row_of_channels
+    keeps_value = weights == state == types.none and not formulas.is_tag(tag)
+    return row_of_values if keeps_value else row_of_windows
 
 
 @njit(**JIT)
@@ -983,19 +966,20 @@ def slope(place, tag, g, x, weights, lines, state, at, count, size, geo, p):
     return choose((n != splat_as(n, -np.inf)) & (lane_numbers(like) < count), v * (dp + sent), like)
 
 
-def slopes(way: Any, *args: Any) -> None:
+def slopes(
+    way: Any, tag: Any, g: Any, x: Any, weights: Any, row: Any, state: Any, by_p: Any, to: Any,
+    at: Any, lines: Any, geo: Any, tab: Any, inner: Any,
+) -> None:  # fmt: skip
     """Adds the derivatives of one row of outputs to by_p[at] and following."""
 
 
 @inlined(slopes)
-def _slopes(way, *args):
+def _slopes(way, tag, g, x, weights, row, state, by_p, to, at, lines, geo, tab, inner):
     rows = {ByOutput: slopes_of_outputs, ByChannel: slopes_of_channels, ByWindow: slopes_of_windows}
-    row = rows[way.instance_class]
-    return lambda way, *args: row(*args)
+    return rows[way.instance_class]
 
 
-@njit(**INNER)
-def slopes_of_outputs(tag, g, x, weights, row, state, by_p, to, at, lines, geo, tab, inner):
+def slopes_of_outputs(way, tag, g, x, weights, row, state, by_p, to, at, lines, geo, tab, inner):
     like = splat(x, 0)
     p = load_as(row, 0, like)
     total = like
@@ -1006,8 +990,7 @@ def slopes_of_outputs(tag, g, x, weights, row, state, by_p, to, at, lines, geo, 
     by_p[to] += lane(total_of(total), 0)
 
 
-@njit(**INNER)
-def slopes_of_channels(tag, g, x, weights, row, state, by_p, to, at, lines, geo, tab, inner):
+def slopes_of_channels(way, tag, g, x, weights, row, state, by_p, to, at, lines, geo, tab, inner):
     like = splat(x, 0)
     for o in range(geo[3, OUT]):
         first, end, start = taps_of(geo, tab, 3, o)
@@ -1021,8 +1004,7 @@ def slopes_of_channels(tag, g, x, weights, row, state, by_p, to, at, lines, geo,
                 by_p[to + c + k] += lane(v, k)
 
 
-@njit(**INNER)
-def slopes_of_windows(tag, g, x, weights, row, state, by_p, to, at, lines, geo, tab, inner):
+def slopes_of_windows(way, tag, g, x, weights, row, state, by_p, to, at, lines, geo, tab, inner):
     like = splat(x, 0)
     p = load_as(row, 0, like)
     for o in range(geo[3, OUT]):

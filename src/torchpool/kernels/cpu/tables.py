@@ -295,20 +295,22 @@ def block_of_window(tag, x, weights, params, row, y, state, at, lines, window, s
         write(y, state, at + k, v, kept, left, ones, 0, scale, tag, is_mean)
 
 
-def piece(way: Any, *args: Any) -> None:
+def piece(
+    way: Any, tag: Any, x: Any, weights: Any, params: Any, row: Any, y: Any, state: Any, plane: Any,
+    part: Any, lines: Any, table: Any, step: Any, inner: Any, room: Any, pad: Any, fixed: Any,
+    is_mean: Any,
+) -> None:  # fmt: skip
     """The outputs of one piece of work."""
 
 
 @inlined(piece)
-def _piece(way, *args):
-    if way.instance_class is ByChannel:
-        return lambda way, *args: piece_of_channels(*args)
-    return lambda way, *args: piece_of_windows(*args)
+def _piece(way, tag, x, weights, params, row, y, state, plane, part, lines, table, step, inner,
+           room, pad, fixed, is_mean):  # fmt: skip
+    return piece_of_channels if way.instance_class is ByChannel else piece_of_windows
 
 
-@njit(**INNER)
-def piece_of_windows(tag, x, weights, params, row, y, state, plane, part, lines, table, step, inner,
-                     room, pad, fixed, is_mean):  # fmt: skip
+def piece_of_windows(way, tag, x, weights, params, row, y, state, plane, part, lines, table, step,
+                     inner, room, pad, fixed, is_mean):  # fmt: skip
     outs = table.shape[0]
     q = parameter(params, row, 0, splat(x, 0))
     begin, end = part * PART, min(outs, (part + 1) * PART)
@@ -322,8 +324,7 @@ def piece_of_windows(tag, x, weights, params, row, y, state, plane, part, lines,
                       is_mean)  # fmt: skip
 
 
-@njit(**INNER)
-def piece_of_channels(tag, x, weights, params, row, y, state, plane, part, lines, table, step,
+def piece_of_channels(way, tag, x, weights, params, row, y, state, plane, part, lines, table, step,
                       inner, room, pad, fixed, is_mean):  # fmt: skip
     blocks = -(-inner // BLOCK)
     o, c = part // blocks, part % blocks * BLOCK
@@ -560,20 +561,21 @@ def backward(begin, end, tag, g, x, weights, params, state, gx, gw, table, size,
 # The derivative by the parameter ------------------------------------------------------------
 
 
-def slopes(way: Any, *args: Any) -> None:
+def slopes(
+    way: Any, tag: Any, g: Any, x: Any, weights: Any, params: Any, row: Any, state: Any, by_p: Any,
+    plane: Any, part: Any, lines: Any, table: Any, step: Any, inner: Any, room: Any,
+) -> None:  # fmt: skip
     """The derivatives of one piece of work."""
 
 
 @inlined(slopes)
-def _slopes(way, *args):
-    if way.instance_class is ByChannel:
-        return lambda way, *args: slopes_of_channels(*args)
-    return lambda way, *args: slopes_of_windows(*args)
+def _slopes(way, tag, g, x, weights, params, row, state, by_p, plane, part, lines, table, step,
+            inner, room):  # fmt: skip
+    return slopes_of_channels if way.instance_class is ByChannel else slopes_of_windows
 
 
-@njit(**INNER)
-def slopes_of_windows(tag, g, x, weights, params, row, state, by_p, plane, part, lines, table, step,
-                      inner, room):  # fmt: skip
+def slopes_of_windows(way, tag, g, x, weights, params, row, state, by_p, plane, part, lines, table,
+                      step, inner, room):  # fmt: skip
     places, counts, pads, divisors = room
     outs, like = table.shape[0], splat(x, 0)
     p = parameter(params, row, 0, like)
@@ -592,8 +594,7 @@ def slopes_of_windows(tag, g, x, weights, params, row, state, by_p, plane, part,
                 by_p[to] = lane(v, 0)
 
 
-@njit(**INNER)
-def slopes_of_channels(tag, g, x, weights, params, row, state, by_p, plane, part, lines, table,
+def slopes_of_channels(way, tag, g, x, weights, params, row, state, by_p, plane, part, lines, table,
                        step, inner, room):  # fmt: skip
     like = splat(x, 0)
     blocks = -(-inner // BLOCK)
