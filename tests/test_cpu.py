@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchpool import Lp, Max, Mean, Min, PowerMean, SoftmaxMean, Sum, Window, pool
 from torchpool.kernels import cpu, layout, reference
 from torchpool.kernels.cpu import formulas, parts, shares, threads
-from torchpool.kernels.cpu.plan import COLUMNS
+from torchpool.kernels.cpu.plan import COLUMNS, Plan
 from torchpool.reductions import Accumulation
 from torchpool.windows import Adaptive, Global, Windows
 
@@ -101,7 +101,17 @@ def flat_winners(
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("shape", "windows"), GEOMETRIES, ids=IDS)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_selection(shape: tuple[int, ...], windows: Windows, channels_last: bool) -> None:
+@pytest.mark.parametrize("scatters", [False, True], ids=["gathers", "scatters"])
+def test_selection(
+    shape: tuple[int, ...],
+    windows: Windows,
+    channels_last: bool,
+    scatters: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    can_gather = lambda plan: plan.by_channel or plan.is_leaf  # noqa: E731
+    ways = property(lambda plan: scatters or not can_gather(plan))
+    monkeypatch.setattr(Plan, "scatters", ways)
     x = numbers(shape, torch.float32, channels_last)
     x[(0, 0, *(0,) * (len(shape) - 3), 1)] = float("nan")
     x[-1, -1] = -float("inf")

@@ -37,8 +37,6 @@ from torchpool.windows import Adaptive, Axis
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LARGEST, _SMALLEST, _TOTAL = Largest(), Smallest(), Total()
-_MANY_COVERS = 36
-"""Where more windows cover an element, it is cheaper to ask each window for its winner."""
 _SMALL = 3
 """Windows of so many taps side by side are spread by rows of their own."""
 _WORK = 4
@@ -416,17 +414,13 @@ def _to_winners(gx: Tensor, axes: Sequence[Axis], channels_last: bool) -> _Job:
     if all(plans.is_whole(axis) for axis in axes) and gx.dtype in (torch.float32, torch.float64):
         return _to_one_winner(gx, channels_last)
     channels, plan = gx.shape[1], _plan(gx, axes, channels_last)
-    if not _scatters(plan):
+    if not plan.scatters:
         return _backward(_LARGEST, channels, -1, 0.0, plan)
-    options = plan.geo, plan.tab, plan.inner, plan.band
-    units = plan.outer * plan.bands
+    wanted = 4 * threads.count(2 * gx.nbytes)
+    is_wide = gx.dtype == layout.compute_dtype(gx.dtype)
+    band, most, units = scatter.pieces(plan.geo, plan.inner, plan.outer, wanted, is_wide)
+    options = plan.geo, plan.tab, plan.inner, band, most
     return _Job(scatter.scatter, units, lambda grad, state, gx: (grad, state, gx, *options))
-
-
-def _scatters(plan: Plan) -> bool:
-    """Whether it is cheaper to ask each window for its winner than each element for its windows."""
-    is_apart = plan.covers == plan.inner == 1 and int(plan.geo[3, plans.KERNEL]) > _SMALL
-    return plan.covers > _MANY_COVERS or plan.by_window or is_apart
 
 
 def _to_one_winner(gx: Tensor, channels_last: bool) -> _Job:

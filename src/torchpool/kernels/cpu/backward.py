@@ -531,7 +531,7 @@ def is_known(tag: Any, rows: Any, found: Any, hits: Any) -> bool:
 
 @inlined(is_known)
 def _is_known(tag, rows, found, hits):
-    if formulas.is_tag(tag) or tag.instance_class is not Total:
+    if formulas.is_tag(tag):
         return lambda tag, rows, found, hits: False
 
     def noted(tag, rows, found, hits):
@@ -555,16 +555,7 @@ def send_window(
 @inlined(send_window)
 def _send_window(tag, x, weights, p, base, at, code, shares, codes, row, size, wide, first, end,
                  start, step, like):  # fmt: skip
-    if formulas.is_tag(tag):
-        return _send_window_formula
-    return _send_window_total if tag.instance_class is Total else _send_window_winner
-
-
-def _send_window_winner(tag, x, weights, p, base, at, code, shares, codes, row, size, wide, first,
-                        end, start, step, like):  # fmt: skip
-    tap = np.int64(codes[at]) - code
-    if first <= tap < end:
-        row[start + tap * step] += shares[0, at]
+    return _send_window_formula if formulas.is_tag(tag) else _send_window_total
 
 
 def _send_window_total(tag, x, weights, p, base, at, code, shares, codes, row, size, wide, first,
