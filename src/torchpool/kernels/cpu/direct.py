@@ -34,7 +34,7 @@ from torchpool.kernels.cpu.lines import (
     taps_of,
     window_rows,
 )
-from torchpool.kernels.cpu.parts import APART, INNER, JIT, inlined
+from torchpool.kernels.cpu.parts import APART, INNER, JIT, SELDOM, inlined
 from torchpool.kernels.cpu.plan import (
     BEFORE,
     DILATION,
@@ -69,6 +69,7 @@ from torchpool.kernels.cpu.simd import (
     evens,
     gather,
     highs,
+    is_float,
     lane,
     lane_numbers,
     later_min,
@@ -76,6 +77,7 @@ from torchpool.kernels.cpu.simd import (
     load_as,
     load_first,
     lows,
+    odds,
     picked,
     splat,
     splat_as,
@@ -90,9 +92,11 @@ from torchpool.kernels.cpu.taking import (
     ANCHOR,
     CENTRE,
     LIFT,
+    QUICK,
     SLOPE,
     VALUE,
     WINNER,
+    Quick,
     across,
     begin,
     take,
@@ -181,6 +185,62 @@ def visit_outputs(place, goal, tag, held, x, weights, lines, geo, a, p):
                     held = take_edge(
                         goal, tag, held, x, weights, rows[k], places, live, codes[k] + j, a, p
                     )
+    return held
+
+
+_visit_any_outputs = njit(visit_outputs, **INNER)
+
+
+def visit_few_outputs(place, goal, tag, held, x, weights, lines, geo, a, p):
+    """The same without a question per tap, where there are up to three in a row, at stride 1 or
+    2."""
+    o, count = place
+    rows, codes, found = lines
+    kernel, stride, size = geo[3, KERNEL], geo[3, STRIDE], geo[3, SIZE]
+    begin = o * stride - geo[3, BEFORE]
+    is_few = kernel <= 3 and stride <= 2 and geo[3, DILATION] == 1 and found > 0
+    if not (
+        is_few and rows[0] + begin >= 0 and rows[found - 1] + begin + 2 * width(x) + 2 <= x.size
+    ):
+        return _visit_any_outputs(place, goal, tag, held, x, weights, lines, geo, a, p)
+    if begin >= 0 and begin + (count - 1) * stride + kernel <= size:
+        for k in range(found):
+            held = take_row(goal, tag, held, x, rows[k] + begin, codes[k], kernel, stride, None)
+        return held
+    places = lane_numbers(splat(x, 0)) * stride + begin
+    live = (
+        (places >= 0) & (places < size),
+        (places >= -1) & (places < size - 1),
+        (places >= -2) & (places < size - 2),
+    )
+    for k in range(found):
+        held = take_row(goal, tag, held, x, rows[k] + begin, codes[k], kernel, stride, live)
+    return held
+
+
+def part(live: Any, j: Any) -> Any:
+    """Entry `j` of a tuple; None of None."""
+
+
+@inlined(part)
+def _part(live, j):
+    return (lambda live, j: None) if live == types.none else (lambda live, j: live[j])
+
+
+@njit(**INNER)
+def take_row(goal, tag, held, x, at, code, kernel, stride, live):
+    """The accumulator after up to three taps side by side, the first at `at`; `live` has a mask for
+    each, None for all lanes."""
+    first, second, third = load(x, at), load(x, at + 1), load(x, at + 2)
+    if stride == 2:
+        more = load(x, at + width(x))
+        first, second = evens(first, more), odds(first, more)
+        third = evens(third, load(x, at + 2 + width(x)))
+    held = take(goal, tag, held, first, None, part(live, 0), code, None, None)
+    if kernel > 1:
+        held = take(goal, tag, held, second, None, part(live, 1), code + 1, None, None)
+    if kernel > 2:
+        held = take(goal, tag, held, third, None, part(live, 2), code + 2, None, None)
     return held
 
 
@@ -411,6 +471,8 @@ def visit(
 
 @inlined(visit)
 def _visit(place, goal, tag, held, x, weights, lines, geo, a, p):
+    if place.instance_class is Outputs and goal.instance_class is Quick:
+        return visit_few_outputs
     return {
         Outputs: visit_outputs,
         Inner: visit_inner,
@@ -435,11 +497,11 @@ def _first_code(place, like, codes, state, geo):
         first = codes_as(like, state, codes[0])
         o = place[0]
         if o * geo[3, STRIDE] < geo[3, BEFORE]:
-            for i in range(place[1]):
-                missing = geo[3, BEFORE] - (o + i) * geo[3, STRIDE]
-                if missing > 0:
-                    tap = (missing + geo[3, DILATION] - 1) // geo[3, DILATION]
-                    first = with_lane(first, i, codes[0] + tap)
+            step = geo[3, STRIDE]
+            for i in range(min(place[1], -(-(geo[3, BEFORE] - o * step) // step))):
+                missing = geo[3, BEFORE] - (o + i) * step
+                tap = (missing + geo[3, DILATION] - 1) // geo[3, DILATION]
+                first = with_lane(first, i, codes[0] + tap)
         return first
 
     return of_outputs
@@ -480,12 +542,40 @@ def _solve_value(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, i
 
 
 def _solve_winner(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean):
+    first = first_code(place, splat(x, 0), lines[1], state, geo)
+    return winner(place, tag, x, weights, lines, geo, first)
+
+
+def winner(place: Any, tag: Any, x: Any, weights: Any, lines: Any, geo: Any, first: Any) -> Any:
+    """The winners of the windows at a place and their offsets: `first` where there is none."""
+
+
+@inlined(winner)
+def _winner(place, tag, x, weights, lines, geo, first):
+    if place.instance_class is Whole or weights != types.none or not is_float(computed(x.dtype)):
+        return _any_winner
+    return _quick_winner
+
+
+def _any_winner(place, tag, x, weights, lines, geo, first):
     like = splat(x, 0)
-    held = begin(WINNER, tag, like, first_code(place, like, lines[1], state, geo))
+    held = begin(WINNER, tag, like, first)
     held = visit(place, WINNER, tag, held, x, weights, lines, geo, None, None)
     if weights is not None:
         return choose(held[2], held[0], like), held[1]
     return held[0], held[1]
+
+
+_winner_of_nan = njit(_any_winner, **SELDOM)
+
+
+def _quick_winner(place, tag, x, weights, lines, geo, first):
+    like, numbers = splat(x, 0), lane_numbers(splat(x, 0))
+    held = begin(QUICK, tag, like, converted(first, numbers))
+    held = visit(place, QUICK, tag, held, x, weights, lines, geo, None, None)
+    if any_lane(held[2] != held[2]):
+        return _winner_of_nan(place, tag, x, weights, lines, geo, first)
+    return held[0], converted(held[1], first)
 
 
 def anchored(

@@ -58,6 +58,17 @@ def _beats(tag, candidate, best):
     return None
 
 
+def outdoes(tag: Any, candidate: Any, best: Any) -> Any:
+    """The same of numbers that are not NaN."""
+
+
+@inlined(outdoes)
+def _outdoes(tag, candidate, best):
+    if tag.instance_class is Largest:
+        return lambda tag, candidate, best: candidate > best
+    return lambda tag, candidate, best: candidate < best
+
+
 def merge(tag: Any, first: Any, second: Any) -> Any:
     """Both candidates as one value."""
 

@@ -19,7 +19,7 @@ from torchpool.kernels.cpu.formulas import (
     lift_dp,
 )
 from torchpool.kernels.cpu.parts import INNER, inlined
-from torchpool.kernels.cpu.scalars import beats, identity, merge
+from torchpool.kernels.cpu.scalars import beats, identity, merge, outdoes
 from torchpool.kernels.cpu.simd import (
     choose,
     lane_numbers,
@@ -37,6 +37,13 @@ class Value(NamedTuple):
 
 class Winner(NamedTuple):
     """Goal: the winner and its offset in the window."""
+
+    unit: int = 0
+
+
+class Quick(NamedTuple):
+    """Goal: the winner and its offset, as int32, where no element is NaN; and a sum that is NaN
+    wherever one is."""
 
     unit: int = 0
 
@@ -65,7 +72,7 @@ class Slope(NamedTuple):
     unit: int = 0
 
 
-VALUE, WINNER, ANCHOR, CENTRE = Value(), Winner(), Anchor(), Centre()
+VALUE, WINNER, QUICK, ANCHOR, CENTRE = Value(), Winner(), Quick(), Anchor(), Centre()
 LIFT, SLOPE = Lift(), Slope()
 
 
@@ -167,6 +174,12 @@ def _begin(goal, tag, like, first):
             first,
             lane_numbers(like) < 0,
         )
+    if kind is Quick:
+        return lambda goal, tag, like, first: (
+            splat_as(like, identity(tag, like)),
+            first,
+            splat_as(like, 0.0),
+        )
     if kind is Anchor:
         return lambda goal, tag, like, first: (splat_as(like, -np.inf),)
     if kind is Centre:
@@ -203,6 +216,8 @@ def _take(goal, tag, held, x, weight, live, code, a, p):
         )
     if kind is Winner:
         return _take_plain_winner if weight == types.none else _take_masked_winner
+    if kind is Quick:
+        return _take_quickly
     if kind is Anchor:
         return _take_anchor
     if kind is Centre:
@@ -221,6 +236,13 @@ def _take_masked_winner(goal, tag, held, x, weight, live, code, a, p):
     wins = seen & (beats(tag, x, held[0]) | ~held[2])
     codes = choose(wins, splat_as(held[1], code), held[1])
     return choose(wins, x, held[0]), codes, held[2] | seen
+
+
+def _take_quickly(goal, tag, held, x, weight, live, code, a, p):
+    t = keep(live, x, splat_as(x, identity(tag, x)))
+    wins = outdoes(tag, t, held[0])
+    codes = choose(wins, splat_as(held[1], code), held[1])
+    return choose(wins, t, held[0]), codes, held[2] + t
 
 
 def _take_anchor(goal, tag, held, x, weight, live, code, a, p):
