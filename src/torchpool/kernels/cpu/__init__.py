@@ -416,7 +416,8 @@ def _to_winners(gx: Tensor, axes: Sequence[Axis], channels_last: bool) -> _Job:
     channels, plan = gx.shape[1], _plan(gx, axes, channels_last)
     if not plan.scatters:
         return _backward(_LARGEST, channels, -1, 0.0, plan)
-    wanted = 4 * threads.count(2 * gx.nbytes)
+    workers = threads.count(2 * gx.nbytes)
+    wanted = 4 * workers if workers > 1 else 1
     is_wide = gx.dtype == layout.compute_dtype(gx.dtype)
     band, most, units = scatter.pieces(plan.geo, plan.inner, plan.outer, wanted, is_wide)
     options = plan.geo, plan.tab, plan.inner, band, most
@@ -661,10 +662,10 @@ def _repeats(plan: Plan) -> bool:
 
 def _gathers(turned: Plan, plan: Plan, is_adaptive: bool) -> bool:
     """Whether it is quicker to gather the outputs that cover an element than to spread each: of
-    large windows at stride 1; of others where the outputs can be listed, unless windows are small
-    ones side by side."""
+    windows at stride 1 that are large, or small and on contiguous rows; of others where the outputs
+    can be listed, unless windows are small ones side by side."""
     if not is_adaptive:
-        return plan.is_large
+        return plan.is_large or turned.is_leaf
     return turned.by_list and (plan.by_window or int(plan.geo[3, plans.KERNEL]) > _SMALL)
 
 
