@@ -39,6 +39,8 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LARGEST, _SMALLEST, _TOTAL = Largest(), Smallest(), Total()
 _SMALL = 3
 """Windows of so many taps side by side are spread by rows of their own."""
+_FEW = 4
+"""Windows of so many elements are spread in less time than it takes to divide by their sizes."""
 _WORK = 4
 """What an element of an accumulation costs, as bytes of traffic, when threads are counted."""
 
@@ -662,10 +664,10 @@ def _repeats(plan: Plan) -> bool:
 
 def _gathers(turned: Plan, plan: Plan, is_adaptive: bool) -> bool:
     """Whether it is quicker to gather the outputs that cover an element than to spread each: of
-    windows at stride 1 that are large, or small and on contiguous rows; of others where the outputs
-    can be listed, unless windows are small ones side by side."""
+    windows at stride 1 that are large, or of some elements on contiguous rows; of others where the
+    outputs can be listed, unless windows are small ones side by side."""
     if not is_adaptive:
-        return plan.is_large or turned.is_leaf
+        return plan.is_large or (turned.is_leaf and plan.taps > _FEW)
     return turned.by_list and (plan.by_window or int(plan.geo[3, plans.KERNEL]) > _SMALL)
 
 
