@@ -153,7 +153,7 @@ functions that Numba itself inlines, loops over tuples, blocks of `with`."""
 
 class _EnteredByWords(Lower):  # type: ignore[misc]
     """Intermediate code of a kernel, with an entry for arrays of words instead of Python's objects,
-    which would make a sixth of the kernel's code."""
+    which would take much code."""
 
     def create_cpython_wrapper(self, release_gil: bool = False) -> None:
         add_entry(self.context, self.library, self.fndesc)
