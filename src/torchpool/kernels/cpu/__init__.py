@@ -421,7 +421,7 @@ def _to_winners(gx: Tensor, axes: Sequence[Axis], channels_last: bool) -> _Job:
     workers = threads.count(2 * gx.nbytes)
     wanted = 4 * workers if workers > 1 else 1
     is_wide = gx.dtype == layout.compute_dtype(gx.dtype)
-    band, most, units = scatter.pieces(plan.geo, plan.inner, plan.outer, wanted, is_wide)
+    band, most, units = scatter.pieces(plan, wanted, is_wide)
     options = plan.geo, plan.tab, plan.inner, band, most
     return _Job(scatter.scatter, units, lambda grad, state, gx: (grad, state, gx, *options))
 

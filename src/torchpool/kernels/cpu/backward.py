@@ -15,6 +15,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from torchpool.kernels.cpu import formulas
+from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.constants import constants
 from torchpool.kernels.cpu.direct import (
     ByChannel,
@@ -606,12 +607,7 @@ def _row_of(way, tag, x, weights, p, params, gx, gw, base, rows, bases, found, s
     return rows_by[way.instance_class]
 
 
-@njit(**INNER)
-def lead_axis(geo):
-    """The first of the leading axes that has more than one position."""
-    if geo[0, SIZE] > 1 or geo[0, OUT] > 1:
-        return 0
-    return 1 if geo[1, SIZE] > 1 or geo[1, OUT] > 1 else 2
+lead_axis = njit(plans.lead_axis, **INNER)
 
 
 @njit(**INNER)

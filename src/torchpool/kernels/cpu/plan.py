@@ -81,15 +81,19 @@ class Plan(NamedTuple):
     bands: int
 
     @property
+    def slab(self) -> int:
+        """Elements at one position along the leading axis."""
+        lead = lead_axis(self.geo)
+        return self.inner * math.prod(int(n) for n in self.geo[lead + 1 :, SIZE])
+
+    @property
     def scatters(self) -> bool:
         """Whether the gradient of a selection asks each window for its winner, not each element for
         its windows: which is quicker, by nanoseconds for each element as they were measured."""
         outs, ins = (math.prod(int(n) for n in self.geo[:, column]) for column in (OUT, SIZE))
         share = outs / max(1, ins)
         if self.by_channel:
-            lead = lead_axis(self.geo)
-            slab = self.inner * math.prod(int(n) for n in self.geo[lead + 1 :, SIZE])
-            apart = 1.2 + int(self.geo[lead, KERNEL]) * slab / FAR
+            apart = 1.2 + int(self.geo[lead_axis(self.geo), KERNEL]) * self.slab / FAR
             position = 0 if self.geo[3, STRIDE] == 1 else 12 / self.inner
             return 0.15 + apart * share < position + 0.2 + 0.085 * self.taps * share
         if not self.is_leaf:
@@ -326,7 +330,9 @@ def _covers(axis: Axis) -> int:
 
 def lead_axis(geo: Any) -> int:
     """The first of the leading axes that has more than one position."""
-    return next((a for a in range(2) if geo[a, SIZE] > 1 or geo[a, OUT] > 1), 2)
+    if geo[0, SIZE] > 1 or geo[0, OUT] > 1:
+        return 0
+    return 1 if geo[1, SIZE] > 1 or geo[1, OUT] > 1 else 2
 
 
 def _bands(geo: Any, inner: int) -> tuple[int, int]:

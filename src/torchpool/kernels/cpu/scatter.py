@@ -7,7 +7,6 @@ writer and one order of terms.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -187,14 +186,14 @@ def send_row(g, state, total, line, inner, base, block, top, height, rows, place
                     total[np.uint64(start + places[code]) + c] += element(g, first + c)
 
 
-def pieces(geo: Any, inner: int, outer: int, wanted: int, is_wide: bool) -> tuple[int, int, int]:
+def pieces(plan: plans.Plan, wanted: int, is_wide: bool) -> tuple[int, int, int]:
     """How many positions make a band, how many inner elements a piece takes at most, and how many
     pieces there are. Planes are cut where threads would find fewer pieces than `wanted`, or where a
     piece needs more room than it should: small ones by their inner elements, others into bands, of
     which each visits the windows that reach into it from others."""
+    geo, inner, outer, slab = plan.geo, plan.inner, plan.outer, plan.slab
     lead = plans.lead_axis(geo)
     size, kernel = int(geo[lead, SIZE]), int(geo[lead, KERNEL] * max(1, geo[lead, DILATION]))
-    slab = inner * math.prod(int(n) for n in geo[lead + 1 :, SIZE])
     most, band = inner, size
     if outer < wanted and inner > BLOCK and size * slab <= ROOM:
         most = max(BLOCK, inner * outer // wanted // BLOCK * BLOCK)
