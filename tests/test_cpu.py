@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchpool import Lp, Max, Mean, Min, PowerMean, SoftmaxMean, Sum, Window, pool
 from torchpool.kernels import cpu, layout, reference
 from torchpool.kernels.cpu import formulas, parts, shares, threads
+from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.plan import COLUMNS, Plan
 from torchpool.reductions import Accumulation
 from torchpool.windows import Adaptive, Global, Windows
@@ -41,6 +42,10 @@ GEOMETRIES: list[tuple[tuple[int, ...], Windows]] = [
     ((4, 5, 7, 7), Adaptive((6, 6))),
     ((1, 2, 4, 5, 4), Window(2, 1, 1)),
     ((1, 1, 3, 3, 2, 3), Window(2, 1)),
+    ((3, 2, 11, 9), Window((5, 8), 1, ((1, 4), (6, 0)))),
+    ((2, 3, 6, 5), Window((2, 3), 1, ((3, 2), (4, 5)))),
+    ((2, 3, 5, 4, 20), Window((2, 3, 2), (2, 1, 1), (1, 0, 1), (2, 1, 1))),
+    ((4, 3, 30), Window(3, 1, ((0, 2),))),
 ]
 IDS = [
     f"{'x'.join(map(str, shape))}-{type(windows).__name__}{i}"
@@ -164,6 +169,27 @@ def test_linear_accumulation(shape: tuple[int, ...], windows: Windows, channels_
         torch.testing.assert_close(
             (y.double() * grad).sum(), (x.double() * gx).sum(), rtol=1e-5, atol=1e-4
         )
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("shape", "windows"), GEOMETRIES, ids=IDS)
+def test_rows_of_small_planes(
+    shape: tuple[int, ...], windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What planes are reduced as whole, elsewhere, is right row by row."""
+    x = numbers(shape, torch.float32)
+    x[(0, 0, *(0,) * (len(shape) - 3), 1)] = float("nan")
+    axes, taps = windows.axes(shape[2:]), positions(windows, shape[2:])
+    monkeypatch.setattr(plans, "plan", plans.plan.__wrapped__)
+    monkeypatch.setattr(plans, "_are_small", lambda rows, row: False)
+    for reduction in (Max(), Min()):
+        values, _ = oracle.pool(x.double().numpy(), taps, type(reduction).__name__)
+        y, _ = cpu.select(x, None, None, reduction, axes, False)
+        np.testing.assert_array_equal(y.numpy(), values)
+    for total in (Sum(), Mean()):
+        values, _ = oracle.pool(x.double().numpy(), taps, type(total).__name__)
+        y, _ = cpu.accumulate(x, None, None, None, total, axes, False)
+        np.testing.assert_allclose(y.numpy(), values, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -79,7 +79,7 @@ def _geometry(draw: Any) -> tuple[tuple[int, ...], Any]:
     batch, channels = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     extent = draw(st.sampled_from(("small", "small", "long", "deep")))
     if extent == "long":
-        longest = [2] * (num_axes - 1) + [40]
+        longest = [2] * (num_axes - 1) + [draw(st.sampled_from((40, 140)))]
         batch = channels = 1
     if extent == "deep":
         longest = [3] * num_axes

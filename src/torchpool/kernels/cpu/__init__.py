@@ -1,8 +1,9 @@
 """The operations on the CPU, compiled by Numba: which kernel serves a call, and with what.
 
 Any number of pooled axes reads as four, the pooled ones last, and either layout as (outer, *S,
-inner): see `plan`. Values of small windows, and of whole vectors of channels, go to `leaf`, over
-large windows to `sweep`, everything else forward to `direct`, and all gradients to `backward`.
+inner): see `plan`. Values over small planes go to `planes`, of other small windows, and of whole
+vectors of channels, to `leaf`, over large windows to `sweep`, everything else forward to `direct`;
+gradients of selections go to `scatter`, all others to `backward`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from torch import Tensor
 
 from torchpool.kernels import layout
 from torchpool.kernels.cpu import backward as gradients
-from torchpool.kernels.cpu import direct, formulas, leaf, scatter, shares, sweep, tables, threads
+from torchpool.kernels.cpu import (
+    direct,
+    formulas,
+    leaf,
+    planes,
+    scatter,
+    shares,
+    sweep,
+    tables,
+    threads,
+)
 from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.arrays import (
     by_channel,
@@ -163,6 +174,9 @@ def _values(tag: Any, lanes: int, column: int, divisor: float, plan: Plan) -> _J
     """Which kernel makes the values of all windows, for vectors of so many lanes; its arrays are x
     and y."""
     geometry, ends = (plan.geo, plan.tab), (column, divisor)
+    if plan.is_small:
+        units = plan.rows_out // int(plan.geo[2, plans.OUT])
+        return _Job(planes.planes, units, lambda x, y: (tag, x, y, *geometry, *ends))
     if plan.is_leaf:
         return _Job(leaf.leaf, plan.rows_out, lambda x, y: (tag, x, y, *geometry, *ends))
     if plan.inner >= lanes and plan.taps <= plans.LARGE:
@@ -667,7 +681,7 @@ def _gathers(turned: Plan, plan: Plan, is_adaptive: bool) -> bool:
     windows at stride 1 that are large, or of some elements on contiguous rows; of others where the
     outputs can be listed, unless windows are small ones side by side."""
     if not is_adaptive:
-        return plan.is_large or (turned.is_leaf and plan.taps > _FEW)
+        return plan.is_large or turned.is_small or (turned.is_leaf and plan.taps > _FEW)
     return turned.by_list and (plan.by_window or int(plan.geo[3, plans.KERNEL]) > _SMALL)
 
 

@@ -52,12 +52,13 @@ class Plan(NamedTuple):
     windows that are listed, as bits, the TAPS of each output, and the STEPS from tap 0 to each.
 
     `by_channel` and `by_window` say what the lanes of a vector are (else windows side by side),
-    `by_list` that such windows are listed one by one,
-    `is_leaf` whether windows are small and lie on contiguous rows, `is_large` whether they are
-    large and may be reduced axis by axis, `block` rows of outputs at a time, `overlaps` whether
-    many windows share an element. `taps` is the size of a window; `covers` outputs cover an
-    element at most. `planes_each` is how many planes of `outer` a channel has (0: channels are the
-    fastest axis, `channels_last`). A band is so many positions along the leading axis.
+    `by_list` that such windows are listed one by one, `is_leaf` whether windows are small and lie
+    on contiguous rows, `is_small` whether planes are and windows are at stride 1, `is_large`
+    whether windows are large and may be reduced axis by axis, `block` rows of outputs at a time,
+    `overlaps` whether many windows share an element. `taps` is the size of a window; `covers`
+    outputs cover an element at most. `planes_each` is how many planes of `outer` a channel has (0:
+    channels are the fastest axis, `channels_last`). A band is so many positions along the leading
+    axis.
     """
 
     geo: Any
@@ -73,6 +74,7 @@ class Plan(NamedTuple):
     by_list: bool
     is_leaf: bool
     is_large: bool
+    is_small: bool
     overlaps: bool
     block: int
     has_empty: bool
@@ -173,6 +175,8 @@ def plan(
         count = _divisor(outer, JOINED // _listed_taps(kept))
         listed = _Listed(kept, count)
         kept, outer = [listed.axis], outer // count
+    elif joins and inner == len(kept) == 1 and (rows := _rows_joined(kept[0], outer)) > 1:
+        kept, outer = [_idle(rows), kept[0]], outer // rows
     elif joins and len(kept) == 1 and _is_large((_TRIVIAL,) * 3 + (kept[0],), _is_long(kept[0])):
         kept, outer = [_idle(outer), kept[0]], 1  # many rows at a time
     if inner > 1 and len(kept) < AXES and is_whole(kept[-1]):
@@ -208,6 +212,7 @@ def plan(
         listed is not None,
         inner == 1 and last.kernel <= 3 and last.dilation == 1 and last.stride in (1, 2),
         _is_large(padded, is_long and inner == 1),
+        inner == 1 and listed is None and _are_small(*padded[2:]),
         _overlaps(padded[2]) or (padded[2].kernel == 1 and _overlaps(last)),
         _block(geo, inner, outer),
         bool(geo[:, EMPTY].any()),
@@ -281,6 +286,11 @@ OVERLAP = 4
 """Elements that belong to more windows along an axis are reduced axis by axis where possible."""
 LARGE = 12
 """Windows of more elements are reduced axis by axis where that is possible."""
+SHORT = 64
+"""Rows of up to so many elements, or twice as many if windows are large, are better reduced as one
+row than one by one."""
+PLANE = 1 << 13
+"""Elements of a plane that is reduced as one row: its stages stay in the second cache."""
 BLOCKS = 8
 """Blocks that a call should have."""
 BUFFER = 1 << 17
@@ -308,6 +318,18 @@ def _is_large(axes: Sequence[Axis], is_long: bool) -> bool:
         and not is_long
         and last[0].kernel * last[1].kernel > LARGE
     )
+
+
+def _are_small(rows: Axis, row: Axis) -> bool:
+    regular = all(axis.dilation == axis.stride == 1 for axis in (rows, row))
+    short = SHORT if rows.kernel * row.kernel <= LARGE else 2 * SHORT
+    places = math.prod(axis.in_size + axis.before + axis.after for axis in (rows, row))
+    return regular and rows.in_size > 1 and row.in_size <= short and places <= PLANE
+
+
+def _rows_joined(row: Axis, number: int) -> int:
+    """How many of a number of rows are reduced as one plane, in the first cache."""
+    return _divisor(number, PLANE // (4 * row.in_size)) if _are_small(_idle(2), row) else 1
 
 
 def _block(geo: Any, inner: int, outer: int) -> int:

@@ -1,10 +1,10 @@
 """Large windows, axis by axis: the time for a window hardly grows with its size.
 
-Each input row is reduced along the last axis by doubling (windows of 1, 2, 4, ... elements from two
-of half the size), then a strip of columns at a time is reduced down the rows by the method of van
-Herk (Pattern Recognition Letters 13, 1992) and Gil and Werman (IEEE PAMI 15, 1993): blocks as long
-as a window, cumulated from both ends; a window is the end of one block and the beginning of the
-next. Nothing is ever subtracted, so sums lose no precision.
+Each input row is reduced along the last axis in stages (windows of 1, 3, 9, ... elements, each from
+three of the stage before), then a strip of columns at a time is reduced down the rows by the method
+of van Herk (Pattern Recognition Letters 13, 1992) and Gil and Werman (IEEE PAMI 15, 1993): blocks
+as long as a window, cumulated from both ends; a window is the end of one block and the beginning of
+the next. Nothing is ever subtracted, so sums lose no precision.
 
 In that order (along rows, then down) the later of two candidates wins only where it beats the
 earlier, which gives torch's winner: the first of equals, the last NaN.
@@ -23,7 +23,7 @@ from torchpool.kernels.cpu.direct import keep_state, put_lanes, scaled
 from torchpool.kernels.cpu.lines import count_row, is_idle, request
 from torchpool.kernels.cpu.parts import APART, INNER, JIT, inlined
 from torchpool.kernels.cpu.plan import BEFORE, FIRST, KERNEL, OUT, SIZE, STRIDE
-from torchpool.kernels.cpu.scalars import Total, beats, empty_buffer, identity, merge
+from torchpool.kernels.cpu.scalars import Total, beats, empty_buffer, identity, merge, merge3
 from torchpool.kernels.cpu.simd import (
     choose,
     codes_as,
@@ -90,6 +90,17 @@ def _contest(tag, first, second):
         return choose(wins, second[0], first[0]), choose(wins, second[1], first[1])
 
     return winner
+
+
+def contest3(tag: Any, first: Any, second: Any, third: Any) -> Any:
+    """The best of three candidates, each later than the one before."""
+
+
+@inlined(contest3)
+def _contest3(tag, first, second, third):
+    if first[1] == types.none:
+        return lambda tag, first, second, third: (merge3(tag, first[0], second[0], third[0]), None)
+    return lambda tag, first, second, third: contest(tag, contest(tag, first, second), third)
 
 
 def moved(candidate: Any, by: Any) -> Any:
@@ -169,29 +180,58 @@ def duplicate(out, out_codes, to, values, codes, a, n, like):
 
 
 @njit(**INNER)
-def doubled(tag, values, codes, span, kernel, step, n, like):
-    """Windows of `kernel` elements, `step` apart, that begin at each of n places of row 0; into row
-    3. `values` and `codes` are four rows of `span` candidates."""
-    left = n + (kernel - 1) * step
-    now, done, size = 0 * span, 0, 1
-    last = 3 * span
-    while True:
-        if is_total(tag) and kernel & size:
-            if done == 0:
-                duplicate(values, codes, last, values, codes, now, n, like)
-            else:
-                combine(tag, values, codes, last, last, now + done * step, 0, n, like)
-            done += size
-        if 2 * size > kernel:
-            break
-        left -= size * step
-        following = 2 * span if now == span else span
-        combine(tag, values, codes, following, now, now + size * step, size, left, like)
-        now = following
-        size *= 2
+def combine3(tag, values, codes, to, a, b, c, by, more, n, like):
+    """The same of three, those from `c` on with offsets that are larger by `more`."""
+    for i in range(0, n, width(like)):
+        second = moved(fetch(values, codes, b + i, like), by)
+        third = moved(fetch(values, codes, c + i, like), more)
+        put(values, codes, to + i, contest3(tag, fetch(values, codes, a + i, like), second, third))
+
+
+@njit(**INNER)
+def stretches(kernel):
+    """Stretches of candidates that `grown` needs."""
+    count, size = 1, 3
+    while size <= kernel:
+        count, size = count + 1, 3 * size
+    return count
+
+
+@njit(**APART)
+def grown(tag, values, codes, span, source, spare, kernel, step, n, like):
+    """Windows of `kernel` elements, `step` apart, that begin at each of n places from `source` on:
+    windows of 1, 3, 9, ... elements from three of a third of the size, then those that together are
+    the window. Returns where they lie: there, or in a stretch of `span` candidates from `spare` on,
+    all of which are used."""
+    now, to, size, level = source, spare, 1, 0
+    while 3 * size <= kernel:
+        second, third = now + size * step, now + 2 * size * step
+        combine3(tag, values, codes, to, now, second, third, size, 2 * size,
+                 n + (kernel - 3 * size) * step, like)  # fmt: skip
+        now, to, size, level = to, to + span, 3 * size, level + 1
+    rest = kernel - size
+    if rest == 0:
+        return now
     if not is_total(tag):
-        rest = kernel - size
-        combine(tag, values, codes, last, now, now + rest * step, rest, n, like)
+        middle = min(size, rest)
+        combine3(tag, values, codes, to, now, now + middle * step, now + rest * step, middle, rest,
+                 n, like)  # fmt: skip
+        return to
+    done, waiting = size, np.int64(-1)
+    while done < kernel:
+        while done + size > kernel:
+            size, level = size // 3, level - 1
+        at = (source if level == 0 else spare + (level - 1) * span) + done * step
+        done += size
+        if waiting >= 0:
+            combine3(tag, values, codes, to, now, waiting, at, 0, 0, n, like)
+            now, waiting = to, -1
+        elif done == kernel:
+            combine(tag, values, codes, to, now, at, 0, n, like)
+            now = to
+        else:
+            waiting = at
+    return now
 
 
 @njit(**INNER)
@@ -270,11 +310,8 @@ def along(tag, x, source, count, begin, outs, out, out_codes, to, pitch, values,
                 v = load_first(x, read + i, held - i)
                 store(values, at + i, choose(lanes < held - i, v, nothing))
         fill(values, at + held, (r + 1) * line, nothing)
-    found = np.int64(0)
-    if kernel > 1:
-        found = 3 * span
-        places = count * line - (kernel - 1) * inner
-        doubled(tag, values, codes, span, kernel, inner, places, nothing)
+    places = count * line - (kernel - 1) * inner
+    found = grown(tag, values, codes, span, 0, span, kernel, inner, places, nothing)
     for r in range(count):
         spread_out(out, out_codes, to + r * pitch, values, codes, found + r * line, outs, stride,
                    inner, nothing)  # fmt: skip
@@ -428,7 +465,8 @@ def sweep(begin, end, tag, x, y, state, geo, tab, inner, block, column, fixed):
     line = ((piece - 1) * geo[3, STRIDE] + geo[3, KERNEL]) * inner
     chunk = max(1, CHUNK // line)
     span = chunk * line + 4 * lanes
-    values, row_codes = empty_buffer(x, 4 * span), empty_offsets(state, 4 * span)
+    room = (1 + stretches(geo[3, KERNEL])) * span
+    values, row_codes = empty_buffer(x, room), empty_offsets(state, room)
     values[:] = identity(tag, x)
     ends, end_codes = empty_buffer(x, kernel * lanes), empty_offsets(state, kernel * lanes)
     firsts = empty_offsets(state, row_size + lanes)
