@@ -24,6 +24,7 @@ from torchpool.kernels.cpu.lines import (
     is_flat,
     lead_count,
     lines_ahead,
+    load_some,
     most_rows,
     request,
     share_of,
@@ -44,7 +45,6 @@ from torchpool.kernels.cpu.simd import (
     lane_numbers,
     load,
     load_as,
-    load_first,
     odds,
     splat,
     store,
@@ -102,17 +102,19 @@ def columns(tag, x, rows, at, size):
 
 
 @njit(**INNER)
-def emit(y, at, o, outs, v, counts, scale, is_mean):
+def emit(y, at, end, o, outs, v, counts, scale, is_mean):
+    """Outputs from o on of the row at y[at]. What is written past the end of the row is written
+    again by the next; nothing is written from y[end] on."""
     if is_mean:
         v = over(v, counts, o, scale)
-    if o + width(v) <= outs:
+    if at + o + width(v) <= end:
         store(y, at + o, v)
     else:
         store_first(y, at + o, v, outs - o)
 
 
 @njit(**INNER)
-def row_by_one(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines):
+def row_by_one(tag, x, rows, y, at, end, geo, counts, scale, is_mean, ahead, lines):
     """One output row at stride 1."""
     size, outs, kernel, before = geo[3, SIZE], geo[3, OUT], geo[3, KERNEL], geo[3, BEFORE]
     lanes = width(x)
@@ -125,12 +127,12 @@ def row_by_one(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines):
             v = merge(tag, v, after1(this, following))
         elif kernel == 3:
             v = merge3(tag, v, after1(this, following), after2(this, following))
-        emit(y, at, o, outs, v, counts, scale, is_mean)
+        emit(y, at, end, o, outs, v, counts, scale, is_mean)
         this = following
 
 
 @njit(**INNER)
-def row_by_two(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines):
+def row_by_two(tag, x, rows, y, at, end, geo, counts, scale, is_mean, ahead, lines):
     """One output row at stride 2."""
     size, outs, kernel, before = geo[3, SIZE], geo[3, OUT], geo[3, KERNEL], geo[3, BEFORE]
     lanes = width(x)
@@ -149,20 +151,20 @@ def row_by_two(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines):
             v = merge(tag, v, odd)
         elif kernel == 3:
             v = merge3(tag, v, odd, after1(v, evens(a, b)))
-        emit(y, at, o, outs, v, counts, scale, is_mean)
+        emit(y, at, end, o, outs, v, counts, scale, is_mean)
 
 
 @njit(**INNER)
-def row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines):
+def row_of(tag, x, rows, y, at, end, geo, counts, scale, is_mean, ahead, lines):
     if geo[3, STRIDE] == 1:
-        row_by_one(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines)
+        row_by_one(tag, x, rows, y, at, end, geo, counts, scale, is_mean, ahead, lines)
     else:
-        row_by_two(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines)
+        row_by_two(tag, x, rows, y, at, end, geo, counts, scale, is_mean, ahead, lines)
 
 
 @njit(**SELDOM)
-def row_at_the_end(tag, x, rows, y, at, geo, counts, scale, is_mean):
-    row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, 0, 0)
+def row_at_the_end(tag, x, rows, y, at, end, geo, counts, scale, is_mean):
+    row_of(tag, x, rows, y, at, end, geo, counts, scale, is_mean, 0, 0)
 
 
 @njit(**INNER)
@@ -202,19 +204,19 @@ def leaf(begin, end, tag, x, y, geo, tab, column, fixed):
         end_of = first + levels[count - 1] + (found - 1) * step + most
         is_inside = found > 0 and count > 0 and first >= before and end_of <= x.size
         ahead = np.int64(unit * share) + lines_ahead(x)
-        at = unit * outs
+        at, limit = unit * outs, end * outs
         if not is_inside:
             rows = (levels, count, first, step, found, False)
-            row_at_the_end(tag, x, rows, y, at, geo, counts, scale, is_mean)
+            row_at_the_end(tag, x, rows, y, at, limit, geo, counts, scale, is_mean)
         elif found == 3 and count == 1:
             rows = (levels, 1, first, step, 3, True)
-            row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines)
+            row_of(tag, x, rows, y, at, limit, geo, counts, scale, is_mean, ahead, lines)
         elif found == 2 and count == 1:
             rows = (levels, 1, first, step, 2, True)
-            row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines)
+            row_of(tag, x, rows, y, at, limit, geo, counts, scale, is_mean, ahead, lines)
         else:
             rows = (levels, count, first, step, found, True)
-            row_of(tag, x, rows, y, at, geo, counts, scale, is_mean, ahead, lines)
+            row_of(tag, x, rows, y, at, limit, geo, counts, scale, is_mean, ahead, lines)
         plane = advance(geo, OUT, o, plane)
 
 
@@ -320,7 +322,7 @@ def within(tag, x, rows, found, at, size):
     none = splat(x, identity(tag, x))
     v = none
     for k in range(found):
-        v = merge(tag, v, load_first(x, rows[k] + at, size - at))
+        v = merge(tag, v, load_some(x, rows[k] + at, size - at))
     return choose(lane_numbers(v) < size - at, v, none)
 
 

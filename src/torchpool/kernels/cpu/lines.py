@@ -20,7 +20,7 @@ from torchpool.kernels.cpu.plan import (
     START,
     STRIDE,
 )
-from torchpool.kernels.cpu.simd import per_line, prefetch
+from torchpool.kernels.cpu.simd import load, load_first, per_line, prefetch, width
 
 
 @njit(**INNER)
@@ -231,6 +231,12 @@ def share_of(x, units, steps):
     if x.size < CACHED * per_line(x):
         return share, np.int64(0)
     return share, np.int64(np.ceil(share / per_line(x) / max(1, steps)))
+
+
+@njit(**INNER)
+def load_some(x, at, count):
+    """The elements from `at` on: `count` of them, and then whatever lies behind."""
+    return load(x, at) if at + width(x) <= x.size else load_first(x, at, count)
 
 
 @njit(**INNER)

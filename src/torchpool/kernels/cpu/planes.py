@@ -13,16 +13,14 @@ from numba import njit
 
 from torchpool.kernels.cpu.constants import constants
 from torchpool.kernels.cpu.direct import scaled
-from torchpool.kernels.cpu.lines import advance, count_of, split, window_levels
+from torchpool.kernels.cpu.lines import advance, count_of, load_some, split, window_levels
 from torchpool.kernels.cpu.parts import APART, INNER, JIT
 from torchpool.kernels.cpu.plan import BEFORE, KERNEL, OUT, SIZE
 from torchpool.kernels.cpu.scalars import empty_buffer, identity, merge
 from torchpool.kernels.cpu.simd import (
     choose,
     lane_numbers,
-    load,
     load_as,
-    load_first,
     splat,
     store,
     store_first,
@@ -40,12 +38,6 @@ def pitch_of(geo):
     return max(size + max(before, after), outs)
 
 
-@njit(**INNER)
-def columns_of(x, at, count):
-    """Elements that are followed by others, or by the end of the memory."""
-    return load(x, at) if at + width(x) <= x.size else load_first(x, at, count)
-
-
 @njit(**APART)
 def lay_out(tag, x, first, levels, count, plane, geo, pitch):
     """The elements of a plane, merged with those of the planes at further levels of its windows.
@@ -57,9 +49,9 @@ def lay_out(tag, x, first, levels, count, plane, geo, pitch):
         to = (geo[2, BEFORE] + r) * pitch + geo[3, BEFORE]
         for i in range(0, size, width(x)):
             left = size - i
-            v = columns_of(x, read + i, left)
+            v = load_some(x, read + i, left)
             for k in range(1, count):
-                v = merge(tag, v, columns_of(x, read + levels[k] + i, left))
+                v = merge(tag, v, load_some(x, read + levels[k] + i, left))
             store(plane, to + i, choose(lanes < left, v, none) if left < width(x) else v)
 
 
