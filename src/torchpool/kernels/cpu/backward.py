@@ -26,7 +26,6 @@ from torchpool.kernels.cpu.direct import (
     fits,
     kept_sums,
     parameter,
-    put_lanes,
     strided,
 )
 from torchpool.kernels.cpu.formulas import alike, finish_grad, lift, lift_dx, num_sums
@@ -404,7 +403,7 @@ def small_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shar
         for m in range(0, size, lanes):
             a = singles(tag, m, size, x, weights, base, rows, bases, found, shares, codes, geo,
                         like, q)  # fmt: skip
-            put_lanes(gx, base + m, a[0], size - m)
+            store_first(gx, base + m, a[0], size - m)
             put_first(gw, base + m, a[1], size - m)
         return
     for m in range(0, (size + 1) >> 1, lanes):
@@ -465,7 +464,7 @@ def _flush(row, begin, array, at, size):
 
     def copy(row, begin, array, at, size):
         for i in range(0, size, width(row)):
-            put_lanes(array, at + i, load_first(row, begin + i, size - i), size - i)
+            store_first(array, at + i, load_first(row, begin + i, size - i), size - i)
 
     return copy
 
@@ -492,7 +491,7 @@ def row_by_channel(way, tag, x, weights, p, params, gx, gw, base, rows, bases, f
             total = like, like
             for h in range(count):
                 total = send(tag, total, shares, codes, hits[0, h] + c, hits[1, h], v, w, q)
-            put_lanes(gx, at, total[0], left)
+            store_first(gx, at, total[0], left)
             put_first(gw, at, total[1], left)
         i += run // inner
 

@@ -618,15 +618,6 @@ def _solve_formulas(place, tag, x, weights, lines, state, geo, p, pads, o, fixed
 # Writing ------------------------------------------------------------------------------------
 
 
-@njit(**INNER)
-def put_lanes(array, at, value, count):
-    """`store_first`, which is slower where all lanes are stored."""
-    if count >= width(value):
-        store(array, at, value)
-    else:
-        store_first(array, at, value, count)
-
-
 def keep_state(state: Any, at: Any, kept: Any, count: Any, size: Any) -> None:
     """Writes what `solve` keeps; `size` is the number of outputs."""
 
@@ -636,7 +627,7 @@ def _keep_state(state, at, kept, count, size):
     if kept == types.none:
         return lambda state, at, kept, count, size: None
     if not isinstance(kept, types.BaseTuple):
-        return lambda state, at, kept, count, size: put_lanes(state, at, kept, count)
+        return lambda state, at, kept, count, size: store_first(state, at, kept, count)
 
     def one(state, at, kept, count, size):
         if state.size:
@@ -725,7 +716,7 @@ def fill_pads(pads, geo, tab, o, include_pad):
 
 @njit(**INNER)
 def write(y, state, at, v, kept, count, counts, o, scale, tag, is_mean):
-    put_lanes(y, at, scaled(v, counts, o, scale, tag, is_mean), count)
+    store_first(y, at, scaled(v, counts, o, scale, tag, is_mean), count)
     keep_state(state, at, kept, count, y.size)
 
 
@@ -855,7 +846,7 @@ def row_of_values(way, tag, x, weights, params, row, y, state, at, lines, geo, t
                 window = taps_of(geo, tab, 3, o + i)
                 one = merge_window(tag, none, x, rows, found, window)
                 v = choose(lane_numbers(v) == i, across(VALUE, tag, (one,))[0], v)
-        put_lanes(y, at + o, scaled(v, counts, o, scale, tag, is_mean), count)
+        store_first(y, at + o, scaled(v, counts, o, scale, tag, is_mean), count)
 
 
 SHORT = 16

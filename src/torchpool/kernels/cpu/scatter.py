@@ -16,12 +16,11 @@ from numba.extending import overload
 from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.backward import lead_axis, outputs_of, rest_of
 from torchpool.kernels.cpu.constants import constants
-from torchpool.kernels.cpu.direct import put_lanes
 from torchpool.kernels.cpu.lines import advance, is_idle, split, taps_of
 from torchpool.kernels.cpu.parts import INNER, JIT, inlined
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, EMPTY, KERNEL, OUT, SIZE, START, STRIDE
 from torchpool.kernels.cpu.scalars import element, empty_buffer
-from torchpool.kernels.cpu.simd import computed, load_first, splat, width
+from torchpool.kernels.cpu.simd import computed, load_first, splat, store_first, width
 
 NOWHERE = np.int64(np.iinfo(np.int64).min)
 
@@ -96,7 +95,7 @@ def clear(total, at, apart, count, block):
     none = splat(total, 0)
     for k in range(count):
         for c in range(0, block, width(total)):
-            put_lanes(total, at + k * apart + c, none, block - c)
+            store_first(total, at + k * apart + c, none, block - c)
 
 
 @njit(**INNER)
@@ -107,7 +106,7 @@ def put_block(gx, to, inner, total, count, block):
     for k in range(count):
         for c in range(0, block, width(gx)):
             left = block - c
-            put_lanes(gx, to + k * inner + c, load_first(total, k * block + c, left), left)
+            store_first(gx, to + k * inner + c, load_first(total, k * block + c, left), left)
 
 
 @njit(**JIT)

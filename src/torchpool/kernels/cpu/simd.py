@@ -323,14 +323,62 @@ def load_first(typingctx: Any, array: Any, at: Any, count: Any) -> Any:
         count = builder.select(most, _I64(vector.lanes), count)
         where = _address(context, builder, array, args[0], at, count)
         kind = ir.VectorType(_scalar_ir(array.dtype), vector.lanes)
-        mask = _first_lanes(builder, count, vector.lanes)
         pointer = builder.bitcast(where, kind.as_pointer())
-        arguments = [pointer, _I32(_size(array.dtype)), mask, ir.Constant(kind, None)]
-        name = f"llvm.masked.load.{_suffix(kind)}.p0"
-        raw = _intrinsic_of(builder, name, kind, arguments)
+        mask = _first_lanes(builder, count, vector.lanes)
+        if has_avx512() or _size(array.dtype) >= 4:
+            raw = _load_masked(builder, pointer, mask)
+        else:
+            end = builder.add(at, _I64(vector.lanes))
+            size = memory(context, builder, array, args[0])[1]
+            follow = builder.icmp_signed("<=", end, size)
+            follow = builder.and_(follow, builder.icmp_signed(">=", at, _I64(0)))
+            raw = _load_and_drop(builder, pointer, mask, count, follow)
         return _widened(builder, raw, array.dtype, vector.lanes)
 
     return vector(array, at, count), build
+
+
+def _load_masked(builder: Any, pointer: Any, mask: Any) -> Any:
+    kind = pointer.type.pointee
+    name = f"llvm.masked.load.{_suffix(kind)}.p0"
+    return _intrinsic_of(builder, name, kind, [pointer, _I32(1), mask, ir.Constant(kind, None)])
+
+
+def _load_and_drop(builder: Any, pointer: Any, mask: Any, count: Any, follow: Any) -> Any:
+    """Short numbers without AVX-512, of which LLVM would make a branch for each lane: all of them
+    where all `follow` in memory, and only there."""
+    kind = pointer.type.pointee
+    with builder.if_else(follow) as (whole, part):
+        with whole:
+            every, from_whole = builder.load(pointer, align=1), builder.block
+        with part:
+            name, arguments = f"load.{_suffix(kind)}", [pointer, count]
+            some = _apart(builder, name, kind, arguments, _define_load_of_some)
+            from_part = builder.block
+    raw = _joined(builder, (every, from_whole), (some, from_part))
+    return builder.select(mask, raw, ir.Constant(kind, None))
+
+
+def _apart(builder: Any, name: str, result: Any, arguments: list[Any], define: Any) -> Any:
+    """Calls a function that stays apart, one for each name; `define` writes it."""
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"torchpool.{name}")
+    if not function.blocks:
+        function.linkage = "linkonce_odr"
+        function.attributes.add("noinline")
+        define(ir.IRBuilder(function.append_basic_block()), *function.args)
+    return builder.call(function, arguments)
+
+
+def _define_load_of_some(builder: Any, pointer: Any, count: Any) -> None:
+    kind = pointer.type.pointee
+    room = builder.alloca(kind)
+    builder.store(ir.Constant(kind, None), room)
+    count = builder.select(builder.icmp_signed(">", count, _I64(0)), count, _I64(0))
+    size = builder.mul(count, _I64(kind.element.width // 8))
+    ends = [builder.bitcast(each, _I8.as_pointer()) for each in (room, pointer)]
+    _intrinsic_of(builder, "llvm.memcpy.p0.p0.i64", ir.VoidType(), [*ends, size, _I1(0)])
+    builder.ret(builder.load(room))
 
 
 @intrinsic
@@ -390,18 +438,61 @@ def store_first(typingctx: Any, array: Any, at: Any, value: Any, count: Any) -> 
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         at, count = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (1, 3))
-        most = builder.icmp_signed(">", count, _I64(value.lanes))
-        count = builder.select(most, _I64(value.lanes), count)
+        has_all = builder.icmp_signed(">=", count, _I64(value.lanes))
+        count = builder.select(has_all, _I64(value.lanes), count)
         where = _address(context, builder, array, args[0], at, count)
         raw = _stored(context, builder, array, args[2], value)
-        mask = _first_lanes(builder, count, value.lanes)
         pointer = builder.bitcast(where, raw.type.as_pointer())
-        arguments = [raw, pointer, _I32(_size(array.dtype)), mask]
-        name = f"llvm.masked.store.{_suffix(raw.type)}.p0"
-        _intrinsic_of(builder, name, ir.VoidType(), arguments)
+        with builder.if_else(has_all) as (whole, part):
+            with whole:
+                builder.store(raw, pointer, align=_size(array.dtype))
+            with part:
+                some = _store_masked if has_avx512() else _store_in_halves
+                some(builder, raw, pointer, count)
         return context.get_dummy_value()
 
     return types.none(array, at, value, count), build
+
+
+def _store_masked(builder: Any, raw: Any, pointer: Any, count: Any) -> None:
+    mask = _first_lanes(builder, count, raw.type.count)
+    name = f"llvm.masked.store.{_suffix(raw.type)}.p0"
+    _intrinsic_of(builder, name, ir.VoidType(), [raw, pointer, _I32(1), mask])
+
+
+def _store_in_halves(builder: Any, raw: Any, pointer: Any, count: Any) -> None:
+    """Masked stores of AMD's processors take as long as many others, and without AVX-512 there are
+    none of short numbers."""
+    arguments = [raw, pointer, count]
+    name = f"store.{_suffix(raw.type)}"
+    _apart(builder, name, ir.VoidType(), arguments, _define_store_in_halves)
+
+
+def _define_store_in_halves(builder: Any, rest: Any, pointer: Any, count: Any) -> None:
+    """Stores half of the lanes, a quarter, and so on, as the bits of the count say."""
+    lanes = rest.type.count
+    at = builder.bitcast(pointer, rest.type.element.as_pointer())
+    count = builder.select(builder.icmp_signed(">", count, _I64(0)), count, _I64(0))
+    while lanes > 1:
+        lanes //= 2
+        first = _shuffled(builder, rest, rest, list(range(lanes)))
+        before = builder.block
+        has_half = builder.icmp_unsigned("!=", builder.and_(count, _I64(lanes)), _I64(0))
+        with builder.if_then(has_half):
+            builder.store(first, builder.bitcast(at, first.type.as_pointer()), align=1)
+            second = _shuffled(builder, rest, rest, list(range(lanes, 2 * lanes)))
+            further, stored = builder.gep(at, [_I64(lanes)]), builder.block
+        rest = _joined(builder, (first, before), (second, stored))
+        at = _joined(builder, (at, before), (further, stored))
+    builder.ret_void()
+
+
+def _joined(builder: Any, *values: tuple[Any, Any]) -> Any:
+    """One of some values: which comes from the block that was left."""
+    phi = builder.phi(values[0][0].type)
+    for value, block in values:
+        phi.add_incoming(value, block)
+    return phi
 
 
 @intrinsic

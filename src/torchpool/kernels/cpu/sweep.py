@@ -19,7 +19,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from torchpool.kernels.cpu.constants import constants
-from torchpool.kernels.cpu.direct import keep_state, put_lanes, scaled
+from torchpool.kernels.cpu.direct import keep_state, scaled
 from torchpool.kernels.cpu.lines import count_row, is_idle, request
 from torchpool.kernels.cpu.parts import APART, INNER, JIT, inlined
 from torchpool.kernels.cpu.plan import BEFORE, FIRST, KERNEL, OUT, SIZE, STRIDE
@@ -330,7 +330,7 @@ def fill(values, begin, end, v):
 @njit(**INNER)
 def finish_strip(tag, y, state, at, candidate, count, counts, c, scale, is_mean, floor, firsts):
     """Writes a strip of a row of outputs. Offsets below `floor` are those of padding."""
-    put_lanes(y, at, scaled(candidate[0], counts, c, scale, tag, is_mean), count)
+    store_first(y, at, scaled(candidate[0], counts, c, scale, tag, is_mean), count)
     keep_state(state, at, valid_code(candidate[0], candidate[1], floor, firsts, c), count, y.size)
 
 

@@ -31,7 +31,6 @@ from torchpool.kernels.cpu.direct import (
     merge_window,
     nothing_kept,
     parameter,
-    put_lanes,
     scaled,
     slope,
     solve,
@@ -257,7 +256,7 @@ def _whole_part(tag, x, weights, y, state, at, lines, window, step, c, end, inne
         lanes = width(x)
         if step == 1 and count >= SHORT and inner < lanes and lanes % inner == 0:
             v = run_of_window(tag, x, lines, first, count, inner)
-            put_lanes(y, at, scaled(v, ones, 0, scale, tag, is_mean), inner)
+            store_first(y, at, scaled(v, ones, 0, scale, tag, is_mean), inner)
             return inner
         while c + 4 * lanes <= end:
             begin = lines[0][0] + first * inner + c
@@ -402,7 +401,7 @@ def _clear(out, begin, end):
     def zeros(out, begin, end):
         none = splat(out, 0)
         for i in range(begin, end, width(out)):
-            put_lanes(out, i, none, end - i)
+            store_first(out, i, none, end - i)
 
     return zeros
 
@@ -430,7 +429,7 @@ def send_run(tag, x, weights, params, p, gx, gw, at, length, shares, inner, is_f
             held = load_up_to(gx, at + k, left), so_far(gw, at + k, left, like)
         q = parameter(params, p, c, like)
         total = send(tag, held, shares, None, c, np.int64(0), v, w, q)
-        put_lanes(gx, at + k, total[0], left)
+        store_first(gx, at + k, total[0], left)
         put_first(gw, at + k, total[1], left)
 
 
@@ -441,7 +440,7 @@ def repeat(out, at, period, length):
     while done < length:
         part = min(done, most, length - done)
         for k in range(0, part, width(out)):
-            put_lanes(out, at + done + k, load_up_to(out, at + k, part - k), part - k)
+            store_first(out, at + done + k, load_up_to(out, at + k, part - k), part - k)
         done += part
 
 
@@ -585,7 +584,7 @@ def slopes_of_windows(way, tag, g, x, weights, params, row, state, by_p, plane, 
                                   0, 0.0)  # fmt: skip
         place = Tabled(0, longest, step, places, counts)
         v = slope(place, tag, g, x, weights, lines, state, at, end - o, g.size, None, p)
-        put_lanes(by_p, at, v, end - o)
+        store_first(by_p, at, v, end - o)
         for i in range(o, end if others else o):
             if is_along(step, table[i, COUNT]):
                 one = Whole(0, table[i, COUNT], table[i, FIRST])
@@ -604,7 +603,7 @@ def slopes_of_channels(way, tag, g, x, weights, params, row, state, by_p, plane,
         place = Inner(0, table[o, COUNT], table[o, FIRST], step, c, left, inner)
         p = parameter(params, row, c, like)
         v = slope(place, tag, g, x, weights, lines, state, at, left, g.size, None, p)
-        put_lanes(by_p, at, v, left)
+        store_first(by_p, at, v, left)
 
 
 @njit(**JIT)
