@@ -54,6 +54,8 @@ _FEW = 4
 """Windows of so many elements are spread in less time than it takes to divide by their sizes."""
 _WORK = 4
 """What an element of an accumulation costs, as bytes of traffic, when threads are counted."""
+_EFFORT = 4
+"""What a byte costs where windows are large."""
 
 
 def _plan(x: Tensor, axes: Sequence[Axis], channels_last: bool, joins: bool = False) -> Plan:
@@ -162,12 +164,12 @@ class _Job(NamedTuple):
     kernel: Any
     units: int
     arguments: Callable[..., tuple[Any, ...]]
-    effort: int = 1
-    """What a byte of traffic costs, as bytes that are only moved."""
+    effort: float = 1
+    """What a byte of input and output costs, as bytes that are only moved."""
 
 
 def _do(job: _Job, traffic: int, arrays: tuple[Any, ...]) -> None:
-    threads.run(job.kernel, job.units, job.effort * traffic, *job.arguments(*arrays))
+    threads.run(job.kernel, job.units, int(job.effort * traffic), *job.arguments(*arrays))
 
 
 def _values(tag: Any, lanes: int, column: int, divisor: float, plan: Plan) -> _Job:
@@ -176,12 +178,17 @@ def _values(tag: Any, lanes: int, column: int, divisor: float, plan: Plan) -> _J
     geometry, ends = (plan.geo, plan.tab), (column, divisor)
     if plan.is_small:
         units = plan.rows_out // int(plan.geo[2, plans.OUT])
-        return _Job(planes.planes, units, lambda x, y: (tag, x, y, *geometry, *ends))
+        effort = _EFFORT if plan.taps > plans.LARGE else 1
+        return _Job(planes.planes, units, lambda x, y: (tag, x, y, *geometry, *ends), effort)
     if plan.is_leaf:
-        return _Job(leaf.leaf, plan.rows_out, lambda x, y: (tag, x, y, *geometry, *ends))
+        arguments = lambda x, y: (tag, x, y, *geometry, *ends)  # noqa: E731
+        return _Job(leaf.leaf, plan.rows_out, arguments, plan.moved)
     if plan.inner >= lanes and plan.taps <= plans.LARGE:
         return _Job(
-            leaf.channels, plan.rows_out, lambda x, y: (tag, x, y, *geometry, plan.inner, *ends)
+            leaf.channels,
+            plan.rows_out,
+            lambda x, y: (tag, x, y, *geometry, plan.inner, *ends),
+            plan.moved,
         )
     way = _way(plan)
     if not (plan.is_large and plan.overlaps):
@@ -197,7 +204,7 @@ def _large(tag: Any, column: int, divisor: float, plan: Plan) -> _Job:
     options = (plan.geo, plan.tab, plan.inner, plan.block, column, divisor)
     units = plan.outer * -(-int(plan.geo[2, plans.OUT]) // plan.block)
     arguments = lambda x, y, state=None: (tag, x, y, state, *options)  # noqa: E731
-    return _Job(sweep.sweep, units, arguments, effort=4)
+    return _Job(sweep.sweep, units, arguments, _EFFORT)
 
 
 def _arrays(x: Tensor, y: Tensor, selects: bool, plan: Plan) -> tuple[Any, Any] | None:
@@ -236,7 +243,7 @@ class _Prepared:
         self, job: _Job, likes: tuple[Tensor, ...], arrays: Callable[..., tuple[Any, ...]]
     ) -> None:
         self._job, self._arrays = job, arrays
-        self._traffic = job.effort * sum(like.nbytes for like in likes)
+        self._traffic = int(job.effort * sum(like.nbytes for like in likes))
         known = arrays(*likes)
         self._call = shares.Call(job.kernel, job.units, job.arguments(*known), known)
 

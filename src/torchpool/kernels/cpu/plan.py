@@ -89,6 +89,12 @@ class Plan(NamedTuple):
         return self.inner * math.prod(int(n) for n in self.geo[lead + 1 :, SIZE])
 
     @property
+    def moved(self) -> float:
+        """The share of inputs and outputs that is read and written."""
+        outs, ins = (math.prod(int(n) for n in self.geo[:, column]) for column in (OUT, SIZE))
+        return (min(ins, outs * self.taps) + outs) / max(1, ins + outs)
+
+    @property
     def scatters(self) -> bool:
         """Whether the gradient of a selection asks each window for its winner, not each element for
         its windows: which is quicker, by nanoseconds for each element as they were measured."""

@@ -360,6 +360,7 @@ def down(tag, buffer, codes, pitch, begin, count, c, ends, end_codes, y, state, 
     kernel, stride, unit = geo[2, KERNEL], geo[2, STRIDE], geo[3, KERNEL]
     left = row_size - c
     rows = (count - 1) * stride + kernel
+    o, awaited = begin, np.int64(0)
     for block in range(0, rows, kernel):
         held = none_yet(like, codes)
         for k in range(kernel):
@@ -376,13 +377,13 @@ def down(tag, buffer, codes, pitch, begin, count, c, ends, end_codes, y, state, 
                     break
                 mine = moved(fetch(buffer, codes, r * pitch + c, like), (t - 1) * unit)
                 held = contest(tag, held, mine) if t > 1 else mine
-            place = block + t
-            if place % stride != 0 or place // stride >= count:
+            awaited -= 1
+            if awaited >= 0 or o >= begin + count:
                 continue
+            awaited = stride - 1
             best = moved(fetch(ends, end_codes, t * width(like), like), -t * unit)
             if t > 0:
                 best = contest(tag, best, moved(held, (kernel - t) * unit))
-            o = begin + place // stride
             first, scale = np.int64(0), counts.dtype.type(1)
             if not is_idle(geo, 2):
                 first = tab[geo[2, FIRST] + o]
@@ -391,6 +392,7 @@ def down(tag, buffer, codes, pitch, begin, count, c, ends, end_codes, y, state, 
             at = to + (o - begin) * row_size + c
             finish_strip(tag, y, state, at, best, left, counts, c, scale, is_mean,
                          first * unit, firsts)  # fmt: skip
+            o += 1
 
 
 @njit(**APART)
