@@ -258,16 +258,39 @@ def windows_of_channels(tag, x, rows, found, at, step, taps):
 
 
 @njit(**INNER)
+def four(tag, x, a, b, step):
+    """Windows of two rows, from a and b on, and two places."""
+    v = merge3(tag, load(x, a), load(x, b), load(x, a + step))
+    return merge(tag, v, load(x, b + step))
+
+
+@njit(**INNER)
+def nine(tag, x, a, b, c, step):
+    """The same of three rows and places."""
+    first = merge3(tag, load(x, a), load(x, b), load(x, c))
+    second = merge3(tag, load(x, a + step), load(x, b + step), load(x, c + step))
+    a, b, c = a + 2 * step, b + 2 * step, c + 2 * step
+    return merge3(tag, first, second, merge3(tag, load(x, a), load(x, b), load(x, c)))
+
+
+@njit(**INNER)
 def row_of_channels(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean):
     """One output row; the last vector of a window's channels overlaps the one before."""
     lanes, dilation = width(x), geo[3, DILATION]
+    step, second, third = dilation * inner, min(1, found - 1), min(2, found - 1)
     for o in range(geo[3, OUT]):
         first, end, start = taps_of(geo, tab, 3, o)
-        begin = (start + first * dilation) * inner
+        begin, taps = (start + first * dilation) * inner, end - first
+        has_four, has_nine = found == taps == 2, found == taps == 3
         for block in range(0, inner, lanes):
             c = min(block, inner - lanes)
-            v = windows_of_channels(tag, x, rows, found, begin + c, dilation * inner, end - first)
-            i = o * inner + c
+            i, place = o * inner + c, begin + c
+            if has_four:
+                v = four(tag, x, rows[0] + place, rows[second] + place, step)
+            elif has_nine:
+                v = nine(tag, x, rows[0] + place, rows[second] + place, rows[third] + place, step)
+            else:
+                v = windows_of_channels(tag, x, rows, found, place, step, taps)
             store(y, at + i, over(v, counts, i, scale) if is_mean else v)
 
 
