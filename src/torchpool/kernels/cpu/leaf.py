@@ -258,40 +258,79 @@ def windows_of_channels(tag, x, rows, found, at, step, taps):
 
 
 @njit(**INNER)
-def four(tag, x, a, b, step):
-    """Windows of two rows, from a and b on, and two places."""
-    v = merge3(tag, load(x, a), load(x, b), load(x, a + step))
-    return merge(tag, v, load(x, b + step))
+def put_channels(y, at, i, v, counts, scale, is_mean):
+    store(y, at + i, over(v, counts, i, scale) if is_mean else v)
 
 
 @njit(**INNER)
-def nine(tag, x, a, b, c, step):
-    """The same of three rows and places."""
-    first = merge3(tag, load(x, a), load(x, b), load(x, c))
-    second = merge3(tag, load(x, a + step), load(x, b + step), load(x, c + step))
-    a, b, c = a + 2 * step, b + 2 * step, c + 2 * step
-    return merge3(tag, first, second, merge3(tag, load(x, a), load(x, b), load(x, c)))
+def windows_of_one(x, a, y, at, place, inner, counts, scale, is_mean):
+    """One window of one element, from a on, in all channels; the last vector of channels overlaps
+    the one before."""
+    lanes = width(x)
+    for block in range(0, inner, lanes):
+        c = min(block, inner - lanes)
+        put_channels(y, at, place + c, load(x, a + c), counts, scale, is_mean)
+
+
+@njit(**INNER)
+def windows_of_four(tag, x, a, b, step, y, at, place, inner, counts, scale, is_mean):
+    """The same of two places, `step` apart, in each of two rows, from a and b on."""
+    lanes = width(x)
+    for block in range(0, inner, lanes):
+        c = min(block, inner - lanes)
+        v = merge3(tag, load(x, a + c), load(x, b + c), load(x, a + step + c))
+        v = merge(tag, v, load(x, b + step + c))
+        put_channels(y, at, place + c, v, counts, scale, is_mean)
+
+
+@njit(**INNER)
+def windows_of_nine(tag, x, a, b, c, step, y, at, place, inner, counts, scale, is_mean):
+    """The same of three places in each of three rows."""
+    lanes = width(x)
+    for block in range(0, inner, lanes):
+        k = min(block, inner - lanes)
+        first = merge3(tag, load(x, a + k), load(x, b + k), load(x, c + k))
+        k1, k2 = k + step, k + 2 * step
+        second = merge3(tag, load(x, a + k1), load(x, b + k1), load(x, c + k1))
+        third = merge3(tag, load(x, a + k2), load(x, b + k2), load(x, c + k2))
+        v = merge3(tag, first, second, third)
+        put_channels(y, at, place + k, v, counts, scale, is_mean)
+
+
+@njit(**INNER)
+def any_windows(tag, x, rows, found, first_out, past, y, at, geo, tab, inner, counts, scale,
+                is_mean):  # fmt: skip
+    """The outputs `first_out .. past - 1` of a row, of windows of any size."""
+    lanes, step = width(x), geo[3, DILATION] * inner
+    for o in range(first_out, past):
+        first, end, start = taps_of(geo, tab, 3, o)
+        begin = start * inner + first * step
+        for block in range(0, inner, lanes):
+            c = min(block, inner - lanes)
+            v = windows_of_channels(tag, x, rows, found, begin + c, step, end - first)
+            put_channels(y, at, o * inner + c, v, counts, scale, is_mean)
 
 
 @njit(**INNER)
 def row_of_channels(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean):
-    """One output row; the last vector of a window's channels overlaps the one before."""
-    lanes, dilation = width(x), geo[3, DILATION]
-    step, second, third = dilation * inner, min(1, found - 1), min(2, found - 1)
-    for o in range(geo[3, OUT]):
+    """One output row; frequent windows are square."""
+    outs, step = geo[3, OUT], geo[3, DILATION] * inner
+    if found > 3 or found != geo[3, KERNEL]:
+        any_windows(tag, x, rows, found, 0, outs, y, at, geo, tab, inner, counts, scale, is_mean)
+        return
+    for o in range(outs):
         first, end, start = taps_of(geo, tab, 3, o)
-        begin, taps = (start + first * dilation) * inner, end - first
-        has_four, has_nine = found == taps == 2, found == taps == 3
-        for block in range(0, inner, lanes):
-            c = min(block, inner - lanes)
-            i, place = o * inner + c, begin + c
-            if has_four:
-                v = four(tag, x, rows[0] + place, rows[second] + place, step)
-            elif has_nine:
-                v = nine(tag, x, rows[0] + place, rows[second] + place, rows[third] + place, step)
-            else:
-                v = windows_of_channels(tag, x, rows, found, place, step, taps)
-            store(y, at + i, over(v, counts, i, scale) if is_mean else v)
+        begin, place = start * inner + first * step, o * inner
+        a, b, c = rows[0] + begin, rows[found // 2] + begin, rows[found - 1] + begin
+        if end - first != found:
+            any_windows(tag, x, rows, found, o, o + 1, y, at, geo, tab, inner, counts, scale,
+                        is_mean)  # fmt: skip
+        elif found == 1:
+            windows_of_one(x, a, y, at, place, inner, counts, scale, is_mean)
+        elif found == 2:
+            windows_of_four(tag, x, a, b, step, y, at, place, inner, counts, scale, is_mean)
+        else:
+            windows_of_nine(tag, x, a, b, c, step, y, at, place, inner, counts, scale, is_mean)
 
 
 @njit(**JIT)
