@@ -15,12 +15,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from numba import njit
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpool import Lp, Max, Mean, Min, PowerMean, SoftmaxMean, Sum, Window, pool
 from torchpool.kernels import cpu, layout, reference
-from torchpool.kernels.cpu import formulas, parts, shares, threads
+from torchpool.kernels.cpu import formulas, parts, shares, simd, threads
 from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.plan import COLUMNS, Plan
 from torchpool.reductions import Accumulation
@@ -169,6 +170,29 @@ def test_linear_accumulation(shape: tuple[int, ...], windows: Windows, channels_
         torch.testing.assert_close(
             (y.double() * grad).sum(), (x.double() * gx).sum(), rtol=1e-5, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
+@pytest.mark.parametrize("has_avx512", [False, True], ids=["in halves", "masked"])
+def test_first_lanes(dtype: Any, has_avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of lanes, at the beginning, inside and at the end of the memory."""
+    monkeypatch.setattr(simd, "has_avx512", lambda: has_avx512)
+
+    @njit
+    def copy(x: Any, y: Any, at: int, count: int) -> None:
+        simd.store_first(y, at, simd.load_first(x, at, count), count)
+
+    lanes, size = 64 // np.dtype(dtype).itemsize, 200
+    x = np.arange(1, size + 1).astype(dtype)
+    for at in (0, 7, size - lanes, size - lanes + 3, size - 2):
+        for count in range(-2, lanes + 2):
+            taken = max(0, min(count, lanes))
+            if at + taken <= size:
+                y = np.zeros(size, dtype)
+                copy(x, y, at, count)
+                np.testing.assert_array_equal(y[at : at + taken], x[at : at + taken])
+                assert not y[:at].any()
+                assert not y[at + taken :].any()
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -29,6 +29,7 @@ from torchpool.kernels.cpu.lines import (
     request,
     share_of,
     split,
+    store_some,
     taps_of,
     window_levels,
     window_rows,
@@ -48,7 +49,6 @@ from torchpool.kernels.cpu.simd import (
     odds,
     splat,
     store,
-    store_first,
     width,
 )
 
@@ -103,14 +103,10 @@ def columns(tag, x, rows, at, size):
 
 @njit(**INNER)
 def emit(y, at, end, o, outs, v, counts, scale, is_mean):
-    """Outputs from o on of the row at y[at]. What is written past the end of the row is written
-    again by the next; nothing is written from y[end] on."""
+    """Outputs from o on of the row at y[at]; the next row follows, unless y[end] does."""
     if is_mean:
         v = over(v, counts, o, scale)
-    if at + o + width(v) <= end:
-        store(y, at + o, v)
-    else:
-        store_first(y, at + o, v, outs - o)
+    store_some(y, at + o, v, outs - o, end)
 
 
 @njit(**INNER)

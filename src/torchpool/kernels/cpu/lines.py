@@ -20,7 +20,15 @@ from torchpool.kernels.cpu.plan import (
     START,
     STRIDE,
 )
-from torchpool.kernels.cpu.simd import load, load_first, per_line, prefetch, width
+from torchpool.kernels.cpu.simd import (
+    load,
+    load_first,
+    per_line,
+    prefetch,
+    store,
+    store_first,
+    width,
+)
 
 
 @njit(**INNER)
@@ -237,6 +245,16 @@ def share_of(x, units, steps):
 def load_some(x, at, count):
     """The elements from `at` on: `count` of them, and then whatever lies behind."""
     return load(x, at) if at + width(x) <= x.size else load_first(x, at, count)
+
+
+@njit(**INNER)
+def store_some(y, at, v, count, end):
+    """The same way back: what lies behind the `count` lanes is to be written later, but nothing
+    from y[end] on."""
+    if at + width(v) <= end:
+        store(y, at, v)
+    else:
+        store_first(y, at, v, count)
 
 
 @njit(**INNER)

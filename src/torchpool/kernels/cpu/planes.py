@@ -13,7 +13,14 @@ from numba import njit
 
 from torchpool.kernels.cpu.constants import constants
 from torchpool.kernels.cpu.direct import scaled
-from torchpool.kernels.cpu.lines import advance, count_of, load_some, split, window_levels
+from torchpool.kernels.cpu.lines import (
+    advance,
+    count_of,
+    load_some,
+    split,
+    store_some,
+    window_levels,
+)
 from torchpool.kernels.cpu.parts import APART, INNER, JIT
 from torchpool.kernels.cpu.plan import BEFORE, KERNEL, OUT, SIZE
 from torchpool.kernels.cpu.scalars import empty_buffer, identity, merge
@@ -23,7 +30,6 @@ from torchpool.kernels.cpu.simd import (
     load_as,
     splat,
     store,
-    store_first,
     width,
 )
 from torchpool.kernels.cpu.sweep import grown, stretches
@@ -57,17 +63,13 @@ def lay_out(tag, x, first, levels, count, plane, geo, pitch):
 
 @njit(**APART)
 def write_rows(tag, plane, at, pitch, y, to, end, geo, counts, scale, is_mean):
-    """The outputs of a plane, row by row. What is written past the end of a row is written again by
-    the next; nothing is written from `end` on."""
+    """The outputs of a plane, row by row; further planes follow up to y[end]."""
     like, outs = splat(plane, 0), geo[3, OUT]
     for r in range(geo[2, OUT]):
         for o in range(0, outs, width(like)):
             v = load_as(plane, at + r * pitch + o, like)
             v = scaled(v, counts, r * pitch + o, scale, tag, is_mean)
-            if to + o + width(like) <= end:
-                store(y, to + o, v)
-            else:
-                store_first(y, to + o, v, outs - o)
+            store_some(y, to + o, v, outs - o, end)
         to += outs
 
 
