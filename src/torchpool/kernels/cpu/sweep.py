@@ -200,9 +200,10 @@ def stretches(kernel):
 @njit(**APART)
 def grown(tag, values, codes, span, source, spare, kernel, step, n, like):
     """Windows of `kernel` elements, `step` apart, that begin at each of n places from `source` on:
-    windows of 1, 3, 9, ... elements from three of a third of the size, then those that together are
-    the window. Returns where they lie: there, or in a stretch of `span` candidates from `spare` on,
-    all of which are used."""
+    windows of 1, 3, 9, ... elements, each from three of the stage before, and then those of the
+    stages that make the window. Returns where the results lie: at `source` if `kernel` is 1, else
+    in one of the `stretches(kernel)` from `spare` on, of `span` candidates each, which it
+    overwrites."""
     now, to, size, level = source, spare, 1, 0
     while 3 * size <= kernel:
         second, third = now + size * step, now + 2 * size * step
