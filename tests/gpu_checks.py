@@ -54,7 +54,7 @@ APART = [  # an axis at a time
     _w("scanned, one-sided", (1, 1, 2, 20), (2, 18), 1, ((1, 0), (17, 0))),
     _w("4x4x4/1", (1, 1, 2, 3, 3), 4, 1, 2),
     _w("7x7/1", (1, 2, 9, 8), 7, 1, 3),
-    _w("more windows than a program holds", (1, 2, 1300), 150, 2, 75),
+    _w("more windows than a program holds", (1, 1, 1300), 150, 2, 75),
 ]
 
 
