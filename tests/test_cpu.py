@@ -666,7 +666,7 @@ def test_nothing_is_written_beside_the_result(dtype, channels_last, monkeypatch)
         return any(inside == buffer.data_ptr() for buffer in buffers)
 
     monkeypatch.setattr(layout, "empty", guarded_like)
-    monkeypatch.setattr(cpu, "_unwritten", guarded)
+    monkeypatch.setattr(cpu, "unwritten", guarded)
     x = torch.randn(2, 3, 7, 9).to(dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     x.requires_grad_()

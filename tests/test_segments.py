@@ -64,6 +64,30 @@ def test_as_torch_segment_reduce(name):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["sum", "mean", "amax", "amin"])
+def test_rows_of_one_shape_are_cut_anew_by_each_call(name, dtype):
+    """What is worked out once for a shape knows neither the segments nor the elements."""
+    reduction = {"sum": tp.Sum(), "mean": tp.Mean(), "amax": tp.Max(), "amin": tp.Min()}[name]
+    before = torch.get_num_threads()
+    try:
+        for threads, cuts in itertools.product((2, 1), ((3, 4), (0, 90), (50, 51), (90, 90))):
+            torch.set_num_threads(threads)
+            columns = [torch.randperm(90) for _ in range(5)]  # without ties
+            x = torch.stack(columns, 1).to(dtype).requires_grad_()
+            y = tp.segment_pool(x, reduction, offsets=torch.tensor([0, *cuts, 90]))
+            wide = x.detach().float().requires_grad_()
+            parts = wide.tensor_split(cuts)
+            made = [getattr(p, name)(0) if len(p) else torch.zeros(5) for p in parts]
+            torch.testing.assert_close(y, torch.stack(made).to(dtype))
+            slopes = torch.randn(3, 5)
+            (wanted,) = torch.autograd.grad(torch.stack(made), wide, slopes)
+            (gx,) = torch.autograd.grad(y, x, slopes.to(dtype))
+            torch.testing.assert_close(gx, wanted.to(dtype))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_aggregations_of_graph_networks():
     """The formulas of PyTorch Geometric's aggregations, written with scatter operations."""
     x = rows() - 0.5

@@ -242,10 +242,11 @@ def over_runs(x: Tensor, reduction: Reduction, dim: int, table: Any) -> Tensor |
     if not watched:
         y: Tensor = prepared.forward(x)[0]
         return y
-    spec, shape, size = reduction.spec, x.shape, x.shape[dim]
-    numbers = tuple(pack([Axis(size, table.shape[1], size, 1, 1, 0, 0)]))
+    shape, size = x.shape, x.shape[dim]
 
     def by_operator(grad: Tensor, state: Tensor | None) -> Tensor:
+        numbers = tuple(pack([Axis(size, table.shape[1], size, 1, 1, 0, 0)]))
+
         def planes(t: Tensor) -> Tensor:
             return t.reshape(math.prod(shape[:dim]), t.shape[dim], -1).movedim(1, 2)
 
@@ -253,7 +254,8 @@ def over_runs(x: Tensor, reduction: Reduction, dim: int, table: Any) -> Tensor |
         rows = torch.from_numpy(table)[:, None, None]
         if len(rows) > 1:
             rows = rows.repeat_interleave(len(grad) // len(rows), 0)
-        gx = _gradient(grad, state, rows, spec, numbers, layout.is_channels_last(grad))
+        last = layout.is_channels_last(grad)
+        gx = _gradient(grad, state, rows, reduction.spec, numbers, last)
         return gx.movedim(2, 1).reshape(shape)
 
     call: Any = _Ready.apply

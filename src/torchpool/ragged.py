@@ -310,7 +310,8 @@ def packed_runs(offsets: Tensor) -> Any:
     """The rows of `segment_table` of readable offsets, as an array of int64 (1, M, 3)."""
     known = offsets.numpy()
     table = np.zeros((1, known.shape[0] - 1, 3), np.int64)
-    table[0, :, 0], table[0, :, 1] = known[:-1], np.diff(known)
+    table[0, :, 0] = known[:-1]
+    np.subtract(known[1:], known[:-1], out=table[0, :, 1])
     return table
 
 

@@ -9,7 +9,7 @@ gradients of selections go to `scatter`, all others to `backward`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from torchpool.kernels.cpu import (
     leaf,
     planes,
     scatter,
-    shares,
     sweep,
     tables,
     threads,
@@ -38,6 +37,7 @@ from torchpool.kernels.cpu.arrays import (
     parameters,
     whole,
 )
+from torchpool.kernels.cpu.jobs import Job, Prepared, Training, do, unwritten
 from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.plan import PADDED, VALID, Plan
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
@@ -149,42 +149,28 @@ def _merge(
     traffic = x.nbytes + y.nbytes
     if state is None and mask is None:
         arrays: tuple[Any, ...] = flat(x, last), flat(y, last)
-        _do(_values(tag, lanes_of(arrays[0].dtype), column, divisor, plan), traffic, arrays)
+        do(_values(tag, lanes_of(arrays[0].dtype), column, divisor, plan), traffic, arrays)
     elif mask is None:
         assert state is not None
         arrays = flat(x, last), flat(y, last), flat(state, last)
-        _do(_winners(tag, x.shape[1], plan), traffic, arrays)
+        do(_winners(tag, x.shape[1], plan), traffic, arrays)
     else:
         _merge_directly(tag, x, mask, y, state, column, divisor, plan, traffic)
 
 
-class _Job(NamedTuple):
-    """A kernel, how many pieces of work it has, and its arguments for given arrays."""
-
-    kernel: Any
-    units: int
-    arguments: Callable[..., tuple[Any, ...]]
-    effort: float = 1
-    """What a byte of input and output costs, as bytes that are only moved."""
-
-
-def _do(job: _Job, traffic: int, arrays: tuple[Any, ...]) -> None:
-    threads.run(job.kernel, job.units, int(job.effort * traffic), *job.arguments(*arrays))
-
-
-def _values(tag: Any, lanes: int, column: int, divisor: float, plan: Plan) -> _Job:
+def _values(tag: Any, lanes: int, column: int, divisor: float, plan: Plan) -> Job:
     """Which kernel makes the values of all windows, for vectors of so many lanes; its arrays are x
     and y."""
     geometry, ends = (plan.geo, plan.tab), (column, divisor)
     if plan.is_small:
         units = plan.rows_out // int(plan.geo[2, plans.OUT])
         effort = _EFFORT if plan.taps > plans.LARGE else 1
-        return _Job(planes.planes, units, lambda x, y: (tag, x, y, *geometry, *ends), effort)
+        return Job(planes.planes, units, lambda x, y: (tag, x, y, *geometry, *ends), effort)
     if plan.is_leaf:
         arguments = lambda x, y: (tag, x, y, *geometry, *ends)  # noqa: E731
-        return _Job(leaf.leaf, plan.rows_out, arguments, plan.moved)
+        return Job(leaf.leaf, plan.rows_out, arguments, plan.moved)
     if plan.inner >= lanes and plan.taps <= plans.LARGE:
-        return _Job(
+        return Job(
             leaf.channels,
             plan.rows_out,
             lambda x, y: (tag, x, y, *geometry, plan.inner, *ends),
@@ -192,19 +178,19 @@ def _values(tag: Any, lanes: int, column: int, divisor: float, plan: Plan) -> _J
         )
     way = _way(plan)
     if not (plan.is_large and plan.overlaps):
-        return _Job(
+        return Job(
             leaf.merged, plan.rows_out, lambda x, y: (way, tag, x, y, *geometry, plan.inner, *ends)
         )
     return _large(tag, column, divisor, plan)
 
 
-def _large(tag: Any, column: int, divisor: float, plan: Plan) -> _Job:
+def _large(tag: Any, column: int, divisor: float, plan: Plan) -> Job:
     """The kernel of large windows; its arrays are x, y, and the offsets of the winners if they are
     kept."""
     options = (plan.geo, plan.tab, plan.inner, plan.block, column, divisor)
     units = plan.outer * -(-int(plan.geo[2, plans.OUT]) // plan.block)
     arguments = lambda x, y, state=None: (tag, x, y, state, *options)  # noqa: E731
-    return _Job(sweep.sweep, units, arguments, _EFFORT)
+    return Job(sweep.sweep, units, arguments, _EFFORT)
 
 
 def _arrays(x: Tensor, y: Tensor, selects: bool, plan: Plan) -> tuple[Any, Any] | None:
@@ -219,7 +205,7 @@ def _arrays(x: Tensor, y: Tensor, selects: bool, plan: Plan) -> tuple[Any, Any] 
     return numbers, flat(y, last) if y.dtype != x.dtype else whole(y, last, plan.taps)
 
 
-def _job(reduction: Selection | Accumulation, x: Any, plan: Plan) -> _Job:
+def _job(reduction: Selection | Accumulation, x: Any, plan: Plan) -> Job:
     """Which kernel makes the values of all windows of an array."""
     if isinstance(reduction, Selection):
         tag: Any = _LARGEST if reduction.largest else _SMALLEST
@@ -228,34 +214,6 @@ def _job(reduction: Selection | Accumulation, x: Any, plan: Plan) -> _Job:
     if divisor and holds_integers(x.dtype):
         divisor = float(int(divisor) or 1)
     return _values(_TOTAL, lanes_of(x.dtype), column, divisor, plan)
-
-
-class _Prepared:
-    """A job of which nothing but the elements changes.
-
-    Args:
-        job: what is done.
-        likes: tensors like those that it is done with.
-        arrays: tensors like `likes` as the kernel takes them.
-    """
-
-    def __init__(
-        self, job: _Job, likes: tuple[Tensor, ...], arrays: Callable[..., tuple[Any, ...]]
-    ) -> None:
-        self._job, self._arrays = job, arrays
-        self._traffic = int(job.effort * sum(like.nbytes for like in likes))
-        known = arrays(*likes)
-        self._call = shares.Call(job.kernel, job.units, job.arguments(*known), known)
-
-    def run(self, *tensors: Tensor) -> None:
-        job = self._job
-        share = threads.split(job.units, self._traffic)
-        if not self._call.run(*share, *[t.data_ptr() for t in tensors]):
-            threads.fail(job.kernel, job.units, job.arguments(*self._arrays(*tensors)))
-
-
-def _unwritten(shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
 
 
 def ready(
@@ -269,7 +227,7 @@ def ready(
         return None
     selects = isinstance(reduction, Selection)
     plan = _plan(like, axes, last, True)
-    example = _unwritten(like.shape, like.stride(), like.dtype)
+    example = unwritten(like.shape, like.stride(), like.dtype)
     dtype = like.dtype if selects else layout.result_dtype(like.dtype, reduction)  # type: ignore
     result = layout.empty(example, outs, last, dtype)
     arrays = _arrays(example, result, selects, plan)
@@ -278,25 +236,16 @@ def ready(
     job = _job(reduction, arrays[0], plan)
     clears = selects and plan.has_empty
     shape, strides = result.shape, result.stride()
-    prepared = _Prepared(job, (example, result), lambda x, y: _arrays(x, y, selects, plan))  # type: ignore
+    prepared = Prepared(job, (example, result), lambda x, y: _arrays(x, y, selects, plan))  # type: ignore
 
     def call(x: Tensor) -> Tensor:
-        y = in_large_pages(_unwritten(shape, strides, dtype))
+        y = in_large_pages(unwritten(shape, strides, dtype))
         prepared.run(x, y)
         if clears:
             _clear_empty(y, axes)
         return y
 
     return call
-
-
-class Training(NamedTuple):
-    """Both passes of a call, as functions of tensors like those that they were prepared for."""
-
-    forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    """x -> the values of all windows, and what the backward pass needs."""
-    backward: Callable[[Tensor, Tensor | None], Tensor]
-    """The gradient by the values, in their layout, and what was kept -> the gradient by x."""
 
 
 def ready_to_train(
@@ -317,19 +266,19 @@ def ready_to_train(
 def _select_ready(like: Tensor, reduction: Selection, axes: Sequence[Axis]) -> Training:
     last, channels = layout.is_channels_last(like), like.shape[1]
     shape, stride, dtype = like.shape, like.stride(), layout.state_dtype(axes)
-    example = _unwritten(shape, stride, like.dtype)
+    example = unwritten(shape, stride, like.dtype)
     result = layout.empty(example, [axis.out_size for axis in axes], last)
     outs, steps = result.shape, result.stride()
-    kept = _unwritten(outs, steps, dtype)
+    kept = unwritten(outs, steps, dtype)
     plan = _plan(like, axes, last, True)
     arrays = lambda *tensors: tuple(flat(t, last) for t in tensors)  # noqa: E731
     job = _winners(_LARGEST if reduction.largest else _SMALLEST, channels, plan)
-    there = _Prepared(job, (example, result, kept), arrays)
-    back = _Prepared(_to_winners(like, axes, last), (result, kept, example), arrays)
+    there = Prepared(job, (example, result, kept), arrays)
+    back = Prepared(_to_winners(like, axes, last), (result, kept, example), arrays)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        y = in_large_pages(_unwritten(outs, steps, x.dtype))
-        state = _unwritten(outs, steps, dtype)
+        y = in_large_pages(unwritten(outs, steps, x.dtype))
+        state = unwritten(outs, steps, dtype)
         there.run(x, y, state)
         if plan.has_empty:
             _clear_empty(y, axes)
@@ -338,7 +287,7 @@ def _select_ready(like: Tensor, reduction: Selection, axes: Sequence[Axis]) -> T
 
     def backward(grad: Tensor, state: Tensor | None) -> Tensor:
         assert state is not None
-        gx = in_large_pages(_unwritten(shape, stride, grad.dtype))
+        gx = in_large_pages(unwritten(shape, stride, grad.dtype))
         back.run(layout.to_layout(grad, last), state, gx)
         return gx
 
@@ -355,13 +304,13 @@ def _spread_ready(
         counts = None
     back = None
     if job is not None:
-        example = _unwritten(shape, stride, like.dtype)
+        example = unwritten(shape, stride, like.dtype)
         dtype = like.dtype if counts is None else counts.dtype
         grad = layout.empty(example, [axis.out_size for axis in axes], last, dtype)
-        back = _Prepared(job, (grad, example), lambda *ts: tuple(flat(t, last) for t in ts))
+        back = Prepared(job, (grad, example), lambda *ts: tuple(flat(t, last) for t in ts))
 
     def backward(grad: Tensor) -> Tensor:
-        gx = in_large_pages(_unwritten(shape, stride, grad.dtype))
+        gx = in_large_pages(unwritten(shape, stride, grad.dtype))
         if back is None:
             return gx.copy_(_over(grad, counts))
         back.run(layout.to_layout(_over(grad, counts), last), gx)
@@ -387,10 +336,10 @@ def _merge_directly(
     if state is not None:
         kept = flat(state if state.numel() else torch.empty_like(y, dtype=state.dtype), last)
     arrays = flat(x, last), flat(y, last), kept, weights
-    _do(_direct(tag, x.shape[1], column, divisor, plan), traffic, arrays)
+    do(_direct(tag, x.shape[1], column, divisor, plan), traffic, arrays)
 
 
-def _winners(tag: Any, channels: int, plan: Plan) -> _Job:
+def _winners(tag: Any, channels: int, plan: Plan) -> Job:
     """The kernel of a selection that is to be differentiated; its arrays are x, y and the
     offsets."""
     if plan.is_large and plan.covers > 1:
@@ -398,7 +347,7 @@ def _winners(tag: Any, channels: int, plan: Plan) -> _Job:
     return _direct(tag, channels, -1, 0.0, plan)
 
 
-def _direct(tag: Any, channels: int, column: int, divisor: float, plan: Plan) -> _Job:
+def _direct(tag: Any, channels: int, column: int, divisor: float, plan: Plan) -> Job:
     """The kernel of any windows; its arrays are x, y, what is kept, weights and parameters."""
     way = _way(plan)
     options = plan.geo, plan.tab, plan.inner, channels, plan.planes_each, column, divisor
@@ -408,7 +357,7 @@ def _direct(tag: Any, channels: int, column: int, divisor: float, plan: Plan) ->
     ) -> tuple[Any, ...]:
         return way, tag, x, weights, params, y, state, *options
 
-    return _Job(direct.direct, plan.rows_out, arguments)
+    return Job(direct.direct, plan.rows_out, arguments)
 
 
 def select_backward(
@@ -427,11 +376,11 @@ def select_backward(
     if gx.numel():
         job = _to_winners(gx, axes, channels_last)
         arrays = tuple(flat(t, channels_last) for t in (grad, state, gx))
-        _do(job, gx.nbytes + grad.nbytes, arrays)
+        do(job, gx.nbytes + grad.nbytes, arrays)
     return gx
 
 
-def _to_winners(gx: Tensor, axes: Sequence[Axis], channels_last: bool) -> _Job:
+def _to_winners(gx: Tensor, axes: Sequence[Axis], channels_last: bool) -> Job:
     """The kernel of the gradient of a selection; its arrays are those by the values, the offsets
     and those by x."""
     if all(plans.is_whole(axis) for axis in axes) and gx.dtype in (torch.float32, torch.float64):
@@ -444,18 +393,18 @@ def _to_winners(gx: Tensor, axes: Sequence[Axis], channels_last: bool) -> _Job:
     is_wide = gx.dtype == layout.compute_dtype(gx.dtype)
     band, most, units = scatter.pieces(plan, wanted, is_wide)
     options = plan.geo, plan.tab, plan.inner, band, most
-    return _Job(scatter.scatter, units, lambda grad, state, gx: (grad, state, gx, *options))
+    return Job(scatter.scatter, units, lambda grad, state, gx: (grad, state, gx, *options))
 
 
-def _to_one_winner(gx: Tensor, channels_last: bool) -> _Job:
+def _to_one_winner(gx: Tensor, channels_last: bool) -> Job:
     """The same where each plane is one window."""
     n, c = gx.shape[:2]
     size, planes, inner = gx[0, 0].numel(), *((n, c) if channels_last else (n * c, 1))
     options = np.array([[[0, size, 0]]]), size, inner, 1, 1, 1
-    return _Job(tables.scatter, planes, lambda grad, state, gx: (grad, state, gx, *options))
+    return Job(tables.scatter, planes, lambda grad, state, gx: (grad, state, gx, *options))
 
 
-def _backward(tag: Any, channels: int, column: int, divisor: float, plan: Plan) -> _Job:
+def _backward(tag: Any, channels: int, column: int, divisor: float, plan: Plan) -> Job:
     """The kernel of any gradient; its arrays are those by the values, what was kept, those by x,
     and the input, weights, parameters and gradients by the weights."""
     way, units = _way(plan), plan.outer * plan.bands
@@ -467,7 +416,7 @@ def _backward(tag: Any, channels: int, column: int, divisor: float, plan: Plan) 
     ) -> tuple[Any, ...]:  # fmt: skip
         return way, tag, grad, x, weights, params, state, gx, gw, *options
 
-    return _Job(gradients.backward, units, arguments)
+    return Job(gradients.backward, units, arguments)
 
 
 # Accumulation ---------------------------------------------------------
@@ -554,7 +503,7 @@ def _accumulate_integers(
     if arrays is None:
         return _accumulate_in_int64(x, reduction, axes), stats
     if y.numel():
-        _do(_job(reduction, arrays[0], plan), x.nbytes + y.nbytes, arrays)
+        do(_job(reduction, arrays[0], plan), x.nbytes + y.nbytes, arrays)
     return y, stats
 
 
@@ -591,7 +540,7 @@ def _accumulate_formulas(
     scale = effective(x.shape, mask, weights, dtype, last)
     job = _direct(formulas.tag(kind, numbers), x.shape[1], *_divisor(reduction), plan)
     arrays = flat(x, last), flat(y, last), stats.reshape(-1).numpy(), scale, numbers
-    _do(job, _WORK * y.numel() * plan.taps, arrays)
+    do(job, _WORK * y.numel() * plan.taps, arrays)
 
 
 def accumulate_backward(
@@ -637,7 +586,7 @@ def accumulate_backward(
             by_weights = flat(room, channels_last)
         job = _backward(tag, grad.shape[1], -1, _divisor(reduction)[1], plan)
         arrays = (flat(grad, channels_last), saved, flat(gx, channels_last))
-        _do(job, gx.nbytes + grad.nbytes, (*arrays, array, scale, numbers, by_weights))
+        do(job, gx.nbytes + grad.nbytes, (*arrays, array, scale, numbers, by_weights))
     gp = _by_parameter(tag, grad, array, scale, numbers, saved, plan) if needs[2] else empty
     return gx, gw, gp
 
@@ -652,12 +601,12 @@ def _spread(
         gx.copy_(_over(grad, counts))
         return
     traffic = gx.nbytes + grad.nbytes
-    _do(job, traffic, (flat(grad if divides else _over(grad, counts), last), flat(gx, last)))
+    do(job, traffic, (flat(grad if divides else _over(grad, counts), last), flat(gx, last)))
 
 
 def _spreading(
     gx: Tensor, reduction: Accumulation, axes: Sequence[Axis], channels_last: bool
-) -> tuple[_Job | None, bool]:
+) -> tuple[Job | None, bool]:
     """The kernel of the gradient of a sum or mean, whose arrays are those by the values and by x,
     and whether it divides by the windows' sizes itself. None where each plane is one window."""
     if all(plans.is_whole(axis) for axis in axes):

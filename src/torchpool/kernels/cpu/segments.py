@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from torchpool.kernels import layout
-from torchpool.kernels.cpu import Training, formulas, tables, threads
+from torchpool.kernels.cpu import formulas, tables, threads
 from torchpool.kernels.cpu.arrays import by_channel, effective, flat, parameters
 from torchpool.kernels.cpu.direct import ByChannel, ByWindow
+from torchpool.kernels.cpu.jobs import Job, Prepared, Training, do
 from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
 from torchpool.reductions import Accumulation, Mean, Reduction, Selection, Sum
@@ -43,8 +45,8 @@ class _Batch(NamedTuple):
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        """What all kernels but `scatter` take."""
-        return self[1:3] + self[4:]
+        """What all kernels but `scatter` take beside the table."""
+        return self[2:3] + self[4:]
 
     @property
     def way(self) -> Any:
@@ -76,6 +78,83 @@ def _batch(like: Tensor, starts: Tensor, axis: Axis, channels_last: bool) -> _Ba
     return _Batch(channels_last, table, axis.in_size, planes, inner, c, each, per, axis.dilation)
 
 
+class _Runs:
+    """Both passes over runs of rows of contiguous tensors of one shape, whatever the rows.
+
+    Args:
+        shape, dtype: of the tensors.
+        dim: the axis of the rows.
+        runs: the shape of the table.
+        save: whether there will be a backward pass.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        dim: int,
+        runs: torch.Size,
+        reduction: Reduction,
+        save: bool,
+    ) -> None:
+        size, planes, inner = shape[dim], math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
+        table = torch.zeros(runs, dtype=torch.int64)
+        per = 1 if runs[0] == 1 else planes // runs[0]
+        batch = _Batch(inner > 1, table.numpy(), size, planes, inner, inner, 0, per, 1)
+        self._shape, self._outs = shape, (*shape[:dim], runs[1], *shape[dim + 1 :])
+        self._dtype, self._wide = dtype, layout.compute_dtype(dtype)
+        self._state, tag, kept = None, _tag(reduction), []
+        if save and tag is not _TOTAL:
+            self._state = layout.state_dtype([Axis(size, 1, size, 1, 1, 0, 0)])
+            kept = [torch.empty(self._outs, dtype=self._state)]
+        x, y = torch.empty(shape, dtype=dtype), torch.empty(self._outs, dtype=dtype)
+        self._there = Prepared(_reading(batch, tag, reduction), (x, y, *kept, table), _to_read)
+        if save:
+            gx, g = (torch.empty(t.shape, dtype=self._wide) for t in (x, y))
+            to_winners = _sending(batch, gx.nbytes)
+            to_all = _spreading(batch, tag, gx.nbytes, reduction)
+            job, arrays = (to_winners, _to_send) if kept else (to_all, _to_spread)
+            self._back = Prepared(job, (g, *kept, gx, table), arrays)
+
+    def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The value of each run, and the offset of its winner if that is kept."""
+        y = in_large_pages(x.new_empty(self._outs))
+        if self._state is None:
+            self._there.run(x, y, table)
+            return y, None
+        state = x.new_empty(self._outs, dtype=self._state)
+        self._there.run(x, y, state, table)
+        return y, state
+
+    def backward(self, grad: Tensor, state: Tensor | None, table: Tensor) -> Tensor:
+        """The gradient by x."""
+        grad = grad.to(self._wide).contiguous()
+        gx = in_large_pages(grad.new_empty(self._shape))
+        kept = () if state is None else (state,)
+        self._back.run(grad, *kept, gx, table)
+        return gx.to(self._dtype)
+
+
+def _to_read(x: Tensor, y: Tensor, *others: Tensor) -> tuple[Any, ...]:
+    *kept, table = others
+    state = flat(kept[0], False) if kept else None
+    return flat(x, False), None, None, flat(y, False), state, table.numpy()
+
+
+def _to_send(g: Tensor, state: Tensor, gx: Tensor, table: Tensor) -> tuple[Any, ...]:
+    return *(flat(t, False) for t in (g, state, gx)), table.numpy()
+
+
+def _to_spread(g: Tensor, gx: Tensor, table: Tensor) -> tuple[Any, ...]:
+    return flat(g, False), None, None, None, None, flat(gx, False), None, table.numpy()
+
+
+@lru_cache(maxsize=256)
+def _runs(team: int, *case: Any) -> _Runs:
+    """Kept for a number of threads: it decides into how many blocks rows are cut."""
+    return _Runs(*case)
+
+
 def over_runs(
     like: Tensor, reduction: Reduction, dim: int, table: Any, save: bool
 ) -> Training | None:
@@ -87,38 +166,14 @@ def over_runs(
             or of the first of them.
         save: whether there will be a backward pass.
     """
-    shape, size = like.shape, like.shape[dim]
-    if like.dtype not in _FLOATS or size >= 1 << 31:
+    if like.dtype not in _FLOATS or like.shape[dim] >= 1 << 31:
         return None
-    planes, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    per = 1 if len(table) == 1 else planes // len(table)
-    batch = _Batch(inner > 1, table, size, planes, inner, inner, 0, per, 1)
-    outs = (*shape[:dim], table.shape[1], *shape[dim + 1 :])
-    traffic = batch.elements * like.element_size()
-    selects = isinstance(reduction, Selection)
-    dtype = layout.state_dtype([Axis(size, 1, size, 1, 1, 0, 0)])
-    tag: Any = _TOTAL
-    if isinstance(reduction, Selection):
-        tag = _LARGEST if reduction.largest else _SMALLEST
-
-    def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        y = in_large_pages(x.new_empty(outs))
-        state = x.new_empty(outs, dtype=dtype) if selects and save else None
-        kept = None if state is None else flat(state, False)
-        _forward(batch, tag, (flat(x, False), None, None, flat(y, False), kept), traffic, reduction)
-        return y, state
-
-    def backward(grad: Tensor, state: Tensor | None) -> Tensor:
-        grad = grad.to(layout.compute_dtype(grad.dtype)).contiguous()
-        gx = in_large_pages(grad.new_empty(shape))
-        arrays = flat(grad, False), flat(gx, False)
-        if state is None:
-            _spread(batch, _TOTAL, (arrays[0], None, None, None, None), arrays[1], None, reduction)
-        else:
-            _to_winners(batch, arrays[0], flat(state, False), arrays[1])
-        return gx.to(like.dtype)
-
-    return Training(forward, backward)
+    rows = torch.from_numpy(table)
+    case = like.shape, like.dtype, dim, rows.shape, reduction, save
+    runs = _runs(torch.get_num_threads(), *case)
+    return Training(
+        lambda x: runs.forward(x, rows), lambda grad, state: runs.backward(grad, state, rows)
+    )
 
 
 def _why_not(starts: Tensor, axes: Sequence[Axis]) -> str | None:
@@ -165,20 +220,26 @@ def select(
     if y.numel():
         batch = _batch(x, starts, axes[0], last)
         live = None if mask is None else flat(layout.to_layout(mask.expand(x.shape), last), last)
-        tag = _LARGEST if reduction.largest else _SMALLEST
-        arrays = flat(x, last), live, None, flat(y, last), flat(state, last) if kept else None
-        _forward(batch, tag, arrays, batch.elements * x.element_size(), None)
+        state_ = flat(state, last) if kept else None
+        arrays = flat(x, last), live, None, flat(y, last), state_, batch.table
+        job = _reading(batch, _tag(reduction), reduction)
+        do(job, batch.elements * x.element_size(), arrays)
     return y, state if save else x.new_empty(0, dtype=dtype)
 
 
-def _forward(
-    batch: _Batch, tag: Any, arrays: tuple[Any, ...], traffic: int, reduction: Any
-) -> None:
-    """`arrays`: x, weights or mask, parameters, y, state."""
-    threads.run(
-        tables.forward, batch.pieces, traffic, batch.way, tag, *arrays, *batch.geometry,
-        *_divisor(reduction), isinstance(reduction, Mean),
-    )  # fmt: skip
+def _tag(reduction: Any) -> Any:
+    """How values merge."""
+    if not isinstance(reduction, Selection):
+        return _TOTAL
+    return _LARGEST if reduction.largest else _SMALLEST
+
+
+def _reading(batch: _Batch, tag: Any, reduction: Any) -> Job:
+    """The forward pass; its arrays are x, weights or mask, parameters, y, what is kept, and the
+    table."""
+    options = *batch.geometry, *_divisor(reduction), isinstance(reduction, Mean)
+    arguments = lambda *arrays: (batch.way, tag, *arrays, *options)  # noqa: E731
+    return Job(tables.forward, batch.pieces, arguments)
 
 
 def _divisor(reduction: Any) -> tuple[int, float]:
@@ -197,16 +258,16 @@ def select_backward(
     gx = in_large_pages(layout.empty(grad, [axes[0].in_size], channels_last, wide))
     if gx.numel():
         batch = _batch(state, starts, axes[0], channels_last)
-        _to_winners(batch, *(flat(t, channels_last) for t in (grad.to(wide), state, gx)))
+        arrays = (flat(t, channels_last) for t in (grad.to(wide), state, gx))
+        do(_sending(batch, gx.nbytes), gx.nbytes, (*arrays, batch.table))
     return gx.to(grad.dtype)
 
 
-def _to_winners(batch: _Batch, g: Any, state: Any, gx: Any) -> None:
-    blocks = batch.row_blocks(gx.nbytes)
-    threads.run(
-        tables.scatter, batch.planes * blocks, gx.nbytes, g, state, gx, batch.table, batch.size,
-        batch.inner, batch.per, batch.step, blocks,
-    )  # fmt: skip
+def _sending(batch: _Batch, traffic: int) -> Job:
+    """The gradient of a selection; its arrays are grad, state, the gradient by x, and the table."""
+    blocks = batch.row_blocks(traffic)
+    options = batch.size, batch.inner, batch.per, batch.step, blocks
+    return Job(tables.scatter, batch.planes * blocks, lambda *arrays: (*arrays, *options))
 
 
 def why_not_accumulate(
@@ -278,8 +339,8 @@ def _accumulate(
     state = None
     if formula.tag is not _TOTAL:
         state, traffic = stats.reshape(-1).numpy(), _WORK * traffic
-    arrays = flat(x, last), formula.weights, formula.params, flat(y, last), state
-    _forward(batch, formula.tag, arrays, traffic, reduction)
+    arrays = flat(x, last), formula.weights, formula.params, flat(y, last), state, batch.table
+    do(_reading(batch, formula.tag, reduction), traffic, arrays)
 
 
 def accumulate_backward(
@@ -317,26 +378,25 @@ def accumulate_backward(
         by_weights = None
         if formula.weights is not None:
             by_weights = flat(gw if needs[1] else torch.empty_like(gx), channels_last)
-        _spread(batch, formula.tag, given, flat(gx, channels_last), by_weights, reduction)
+        traffic = (1 if values is None else 2) * batch.elements * gx.element_size()
+        job = _spreading(batch, formula.tag, traffic, reduction)
+        do(job, traffic, (*given, flat(gx, channels_last), by_weights, batch.table))
     if needs[2]:
         by_p = np.empty(grad.numel(), formula.params.dtype)
         traffic = 2 * batch.elements * gx.element_size()
         threads.run(
             tables.by_parameter, batch.pieces, traffic, batch.way, formula.tag, *given, by_p,
-            *batch.geometry,
+            batch.table, *batch.geometry,
         )  # fmt: skip
         gp = by_channel(by_p, grad, formula.params.size, channels_last)
     return gx.to(grad.dtype), gw, gp
 
 
-def _spread(
-    batch: _Batch, tag: Any, given: tuple[Any, ...], gx: Any, gw: Any, reduction: Any
-) -> None:
-    """`given`: grad, x, weights, parameters, state."""
-    traffic = (1 if given[1] is None else 2) * batch.elements * gx.itemsize
+def _spreading(batch: _Batch, tag: Any, traffic: int, reduction: Any) -> Job:
+    """The gradient of an accumulation; its arrays are grad, x, weights, parameters, state, the
+    gradients by x and by the weights, and the table."""
     blocks = batch.row_blocks(traffic)
     is_mean = tag is _TOTAL and isinstance(reduction, Mean)
-    threads.run(
-        tables.backward, batch.planes * blocks, traffic, tag, *given, gx, gw, *batch.geometry,
-        blocks, *_divisor(reduction), is_mean,
-    )  # fmt: skip
+    options = *batch.geometry, blocks, *_divisor(reduction), is_mean
+    arguments = lambda *arrays: (tag, *arrays, *options)  # noqa: E731
+    return Job(tables.backward, batch.planes * blocks, arguments)

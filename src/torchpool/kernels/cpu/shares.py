@@ -18,6 +18,7 @@ import ctypes
 import os
 import struct
 import sys
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -48,27 +49,34 @@ class Call:
         self, kernel: Any, units: int, args: tuple[Any, ...], changing: tuple[Any, ...] = ()
     ) -> None:
         words = [0, 0, 0, _entry(kernel, args), units]
-        self._places, self._kept = [], []
+        self._places, self._kept = [], args
+        if changing:
+            self._kept = tuple(arg for arg in args if not _is_among(arg, changing))
         for arg in args:
-            if any(arg is array for array in changing):
+            if changing and _is_among(arg, changing):
                 self._places.append(len(words) + _ADDRESS)
-            else:
-                self._kept.append(arg)
-            words += _words(arg)
-        self._job = ctypes.c_int64 * len(words)
-        self._words = bytes(self._job(*words))
+            _add_words(words, arg)
+        self._words = array("q", words)
 
     def run(self, shares: int, threads: int, *addresses: int) -> bool:
         """Does all pieces in so many shares on so many threads; says whether it went well."""
-        job = self._job.from_buffer_copy(self._words)
+        job = self._words[:]
         job[_SHARES] = shares
         for place, address in zip(self._places, addresses, strict=True):
             job[place] = address
         if threads > 1:
             _together(job, threads)
         else:
-            _alone(job)
+            _alone(_place_of(job))
         return not job[_FAILED]
+
+
+def _is_among(arg: Any, arrays: tuple[Any, ...]) -> bool:
+    return any(arg is array for array in arrays)
+
+
+def _place_of(job: array[int]) -> int:
+    return job.buffer_info()[0]
 
 
 _SHARES, _NEXT, _FAILED, _CODE, _UNITS, _WORDS = range(6)
@@ -120,14 +128,14 @@ _address: Any = _work.address
 _alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_address)
 
 
-def _together(job: Any, threads: int) -> None:
+def _together(job: array[int], threads: int) -> None:
     """Runs a job on several threads, this one among them."""
     enter = _team()
     if enter is not None:
-        enter(_address, job, threads, 0)
+        enter(_address, _place_of(job), threads, 0)
         return
-    others = [_helpers().submit(_alone, job) for _ in range(threads - 1)]
-    _alone(job)
+    others = [_helpers().submit(_alone, _place_of(job)) for _ in range(threads - 1)]
+    _alone(_place_of(job))
     for other in others:
         if not other.cancel():
             other.result()
@@ -152,18 +160,22 @@ def _helpers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "torchpool")
 
 
-def _words(arg: Any) -> list[int]:
-    """An argument as the 64-bit words that its parts are."""
+def _add_words(words: list[int], arg: Any) -> None:
+    """Appends an argument as the 64-bit words that its parts are."""
     if isinstance(arg, np.ndarray):
         address = arg.__array_interface__["data"][0]
-        return [0, 0, arg.size, arg.itemsize, address, *arg.shape, *arg.strides]
-    if isinstance(arg, tuple):
-        return [word for part in arg for word in _words(part)]
-    if isinstance(arg, float):
-        return list(struct.unpack("q", struct.pack("d", arg)))
-    if isinstance(arg, np.float32):
-        return list(struct.unpack("i", struct.pack("f", arg)))
-    return [int(arg or 0)]
+        words += (0, 0, arg.size, arg.itemsize, address, *arg.shape, *arg.strides)
+    elif type(arg) is int:
+        words.append(arg)
+    elif isinstance(arg, tuple):
+        for part in arg:
+            _add_words(words, part)
+    elif isinstance(arg, float):
+        words += struct.unpack("q", struct.pack("d", arg))
+    elif isinstance(arg, np.float32):
+        words += struct.unpack("i", struct.pack("f", arg))
+    else:
+        words.append(int(arg or 0))
 
 
 def _kind(arg: Any) -> Any:
