@@ -64,28 +64,48 @@ def test_as_torch_segment_reduce(name):
     torch.testing.assert_close(*grads)
 
 
+PLAIN = {
+    tp.Sum(): lambda rows: rows.sum(0),
+    tp.Mean(): lambda rows: rows.mean(0),
+    tp.Max(): lambda rows: rows.amax(0),
+    tp.Min(): lambda rows: rows.amin(0),
+    tp.PowerMean(2.0): lambda rows: rows.square().mean(0).sqrt(),
+    tp.SoftmaxMean(0.5): lambda rows: (rows.mul(0.5).softmax(0) * rows).sum(0),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["sum", "mean", "amax", "amin"])
-def test_rows_of_one_shape_are_cut_anew_by_each_call(name, dtype):
+@pytest.mark.parametrize("reduction", PLAIN, **named)
+def test_rows_of_one_shape_are_cut_anew_by_each_call(reduction, dtype):
     """What is worked out once for a shape knows neither the segments nor the elements."""
-    reduction = {"sum": tp.Sum(), "mean": tp.Mean(), "amax": tp.Max(), "amin": tp.Min()}[name]
     before = torch.get_num_threads()
     try:
         for threads, cuts in itertools.product((2, 1), ((3, 4), (0, 90), (50, 51), (90, 90))):
             torch.set_num_threads(threads)
-            columns = [torch.randperm(90) for _ in range(5)]  # without ties
+            columns = [torch.randperm(90) + 1 for _ in range(5)]  # without ties
             x = torch.stack(columns, 1).to(dtype).requires_grad_()
             y = tp.segment_pool(x, reduction, offsets=torch.tensor([0, *cuts, 90]))
             wide = x.detach().float().requires_grad_()
             parts = wide.tensor_split(cuts)
-            made = [getattr(p, name)(0) if len(p) else torch.zeros(5) for p in parts]
+            made = [PLAIN[reduction](p) if len(p) else torch.zeros(5) for p in parts]
             torch.testing.assert_close(y, torch.stack(made).to(dtype))
-            slopes = torch.randn(3, 5)
-            (wanted,) = torch.autograd.grad(torch.stack(made), wide, slopes)
-            (gx,) = torch.autograd.grad(y, x, slopes.to(dtype))
+            slopes = torch.randn(3, 5).to(dtype)
+            (wanted,) = torch.autograd.grad(torch.stack(made), wide, slopes.float())
+            (gx,) = torch.autograd.grad(y, x, slopes)
             torch.testing.assert_close(gx, wanted.to(dtype))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 7), (3, 7, 4)], ids=["last axis", "axis of channels"])
+@pytest.mark.parametrize("reduction", PLAIN, **named)
+def test_samples_that_are_prepared_have_further_derivatives(reduction, shape):
+    dims = shape.index(7)
+    x = (torch.rand(shape, dtype=torch.float64) + 0.5).requires_grad_()
+    lengths = torch.tensor([7, 1, 4])
+    pool = lambda x: tp.pool(x, reduction, tp.Global(), lengths=lengths, dims=dims)  # noqa: E731
+    assert torch.autograd.gradcheck(pool, x)
+    assert torch.autograd.gradgradcheck(pool, x)
 
 
 def test_the_aggregations_of_graph_networks():

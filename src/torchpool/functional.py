@@ -15,7 +15,21 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torchpool import ops, ragged, small
 from torchpool.kernels import layout, lowering, reference
-from torchpool.reductions import Accumulation, Lp, Max, Mean, Min, Reduction, Selection, Sum
+from torchpool.reductions import (
+    Accumulation,
+    LogMeanExp,
+    Lp,
+    Max,
+    Mean,
+    Min,
+    PowerMean,
+    Reduction,
+    Selection,
+    SoftmaxMean,
+    Std,
+    Sum,
+    Var,
+)
 from torchpool.unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from torchpool.windows import Adaptive, Axis, Fractional, Global, Size, Window, Windows
 
@@ -136,6 +150,11 @@ def pool(
 
 _REPEATED: tuple[Any, ...] = (Max, Min, Sum, Mean, Window, Adaptive, Global)
 """Reductions without a parameter that could change, and windows."""
+_OVER_RUNS: tuple[Any, ...] = (
+    *(Max, Min, Sum, Mean, Var, Std),
+    *(Lp, PowerMean, LogMeanExp, SoftmaxMean),
+)
+"""Reductions that are prepared for whole samples."""
 
 
 def _ready(x: Any, reduction: Any, windows: Any, dims: Any) -> Any:
@@ -248,8 +267,8 @@ def _over_runs(
     others: tuple[Any, ...],
     runs: Callable[[], Any],
 ) -> Tensor | None:
-    """The maximum, minimum, sum or mean of each sample of a plain tensor on the CPU, past what
-    other cases need; None of any other case.
+    """One value of each sample of a plain tensor on the CPU, past what other cases need; None of
+    any other case.
 
     Args:
         bounds: the lengths or offsets of the samples, from which
@@ -258,7 +277,8 @@ def _over_runs(
     """
     mask, weights, return_indices, fill = others
     is_frequent = (
-        type(reduction) in _REPEATED
+        type(reduction) in _OVER_RUNS
+        and not isinstance(reduction.value, Tensor)
         and type(windows) is Global
         and mask is None
         and weights is None

@@ -218,14 +218,14 @@ def _ready_for_gradients(
             return lambda x: _select_directly(x, None, None, spec, numbers, True)[0]
         return lambda x: _accumulate_directly(x, None, None, None, None, spec, numbers, True)[0]
 
-    def by_operator(grad: Tensor, state: Tensor | None) -> Tensor:
+    def by_operator(grad: Tensor, state: Tensor | None, _: Tensor | None) -> Tensor:
         return _gradient(grad, state, None, spec, numbers, last)
 
     call: Any = _Ready.apply
     return lambda x: call(x, prepared, by_operator)
 
 
-def over_runs(x: Tensor, reduction: Reduction, dim: int, table: Any) -> Tensor | None:
+def over_runs(x: Tensor, reduction: Any, dim: int, table: Any) -> Tensor | None:
     """One value for each run of rows of a plain, contiguous tensor on the CPU; None where its
     backend serves it as everything else.
 
@@ -244,18 +244,23 @@ def over_runs(x: Tensor, reduction: Reduction, dim: int, table: Any) -> Tensor |
         return y
     shape, size = x.shape, x.shape[dim]
 
-    def by_operator(grad: Tensor, state: Tensor | None) -> Tensor:
-        numbers = tuple(pack([Axis(size, table.shape[1], size, 1, 1, 0, 0)]))
-
+    def by_operator(grad: Tensor, kept: Tensor | None, x: Tensor | None) -> Tensor:
         def planes(t: Tensor) -> Tensor:
             return t.reshape(math.prod(shape[:dim]), t.shape[dim], -1).movedim(1, 2)
 
-        grad, state = planes(grad), None if state is None else planes(state)
-        rows = torch.from_numpy(table)[:, None, None]
+        numbers = tuple(pack([Axis(size, table.shape[1], size, 1, 1, 0, 0)]))
+        grad, rows = planes(grad), torch.from_numpy(table)[:, None, None]
         if len(rows) > 1:
             rows = rows.repeat_interleave(len(grad) // len(rows), 0)
-        last = layout.is_channels_last(grad)
-        gx = _gradient(grad, state, rows, reduction.spec, numbers, last)
+        last, spec = layout.is_channels_last(grad), reduction.spec
+        if x is None:
+            kept = None if kept is None else planes(kept)
+            gx = _gradient(grad, kept, rows, spec, numbers, last)
+        else:
+            dtype, p = layout.compute_dtype(x.dtype), reduction.value
+            params = None if p is None else torch.full((1,), p, dtype=dtype)
+            given = (grad, planes(x), None, None, params, rows, kept, spec, numbers, last)
+            gx = _call_accumulate_backward(*given, [True, False, False])[0]
         return gx.movedim(2, 1).reshape(shape)
 
     call: Any = _Ready.apply
@@ -289,16 +294,16 @@ class _Ready(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, prepared: Any, by_operator: Any) -> Tensor:
         y, state = prepared.forward(x)
-        ctx.save_for_backward(state)
+        ctx.save_for_backward(state, x if prepared.keeps_x else None)
         ctx.prepared, ctx.by_operator = prepared, by_operator
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (state,) = ctx.saved_tensors
-        is_first = is_plain(grad) and not is_watched(grad)
+        state, x = ctx.saved_tensors
+        is_first = is_plain(grad) and not is_watched(grad, x)
         gradient = ctx.prepared.backward if is_first else ctx.by_operator
-        return gradient(grad, state), None, None
+        return gradient(grad, state, x), None, None
 
 
 def _past_the_dispatcher(name: str, kernel: Any, composite: Any, count: int) -> Any:

@@ -260,7 +260,7 @@ def ready_to_train(
     if isinstance(reduction, Selection):
         return _select_ready(like, reduction, axes)
     spread = _spread_ready(like, reduction, axes)
-    return Training(lambda x: (values(x), None), lambda grad, _: spread(grad))
+    return Training(lambda x: (values(x), None), lambda grad, *_: spread(grad))
 
 
 def _select_ready(like: Tensor, reduction: Selection, axes: Sequence[Axis]) -> Training:
@@ -285,7 +285,7 @@ def _select_ready(like: Tensor, reduction: Selection, axes: Sequence[Axis]) -> T
             _clear_empty(state, axes)
         return y, state
 
-    def backward(grad: Tensor, state: Tensor | None) -> Tensor:
+    def backward(grad: Tensor, state: Tensor | None, _: Tensor | None) -> Tensor:
         assert state is not None
         gx = in_large_pages(unwritten(shape, stride, grad.dtype))
         back.run(layout.to_layout(grad, last), state, gx)

@@ -59,8 +59,10 @@ class Training(NamedTuple):
 
     forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     """x -> the values of all windows, and what the backward pass needs."""
-    backward: Callable[[Tensor, Tensor | None], Tensor]
-    """The gradient by the values, in their layout, and what was kept -> the gradient by x."""
+    backward: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    """The gradient by the values, in their layout, what was kept, and x if it was -> the gradient
+    by x."""
+    keeps_x: bool = False
 
 
 def unwritten(shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from torchpool.kernels.cpu.direct import ByChannel, ByWindow
 from torchpool.kernels.cpu.jobs import Job, Prepared, Training, do
 from torchpool.kernels.cpu.pages import in_large_pages
 from torchpool.kernels.cpu.scalars import Largest, Smallest, Total
-from torchpool.reductions import Accumulation, Mean, Reduction, Selection, Sum
+from torchpool.reductions import Accumulation, Mean, Selection, Sum
 from torchpool.windows import Axis
 
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
@@ -85,6 +85,7 @@ class _Runs:
         shape, dtype: of the tensors.
         dim: the axis of the rows.
         runs: the shape of the table.
+        reduction: without tensors.
         save: whether there will be a backward pass.
     """
 
@@ -94,7 +95,7 @@ class _Runs:
         dtype: torch.dtype,
         dim: int,
         runs: torch.Size,
-        reduction: Reduction,
+        reduction: Any,
         save: bool,
     ) -> None:
         size, planes, inner = shape[dim], math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
@@ -103,50 +104,87 @@ class _Runs:
         batch = _Batch(inner > 1, table.numpy(), size, planes, inner, inner, 0, per, 1)
         self._shape, self._outs = shape, (*shape[:dim], runs[1], *shape[dim + 1 :])
         self._dtype, self._wide = dtype, layout.compute_dtype(dtype)
-        self._state, tag, kept = None, _tag(reduction), []
-        if save and tag is not _TOTAL:
-            self._state = layout.state_dtype([Axis(size, 1, size, 1, 1, 0, 0)])
-            kept = [torch.empty(self._outs, dtype=self._state)]
+        self._kept = self._room(reduction, size, save)
         x, y = torch.empty(shape, dtype=dtype), torch.empty(self._outs, dtype=dtype)
-        self._there = Prepared(_reading(batch, tag, reduction), (x, y, *kept, table), _to_read)
+        gx, g = (torch.empty(t.shape, dtype=self._wide) for t in (x, y))
+        kept = () if self._kept is None else (torch.empty(self._kept[0], dtype=self._kept[1]),)
+        formula = _plain_formula(reduction, self._wide)
+        self._there = Prepared(
+            _reading_runs(batch, formula, reduction), (x, y, *kept, table), _each
+        )
         if save:
-            gx, g = (torch.empty(t.shape, dtype=self._wide) for t in (x, y))
-            to_winners = _sending(batch, gx.nbytes)
-            to_all = _spreading(batch, tag, gx.nbytes, reduction)
-            job, arrays = (to_winners, _to_send) if kept else (to_all, _to_spread)
-            self._back = Prepared(job, (g, *kept, gx, table), arrays)
+            values = () if formula.params is None else (x,)
+            job = _sending_runs(batch, formula, reduction, gx.nbytes)
+            self._back = Prepared(job, (g, *values, *kept, gx, table), _each)
+
+    def _room(self, reduction: Any, size: int, save: bool) -> tuple[Any, torch.dtype] | None:
+        """Shape and dtype of what the forward pass keeps; None where that is nothing."""
+        if isinstance(reduction, Selection):
+            state = layout.state_dtype([Axis(size, 1, size, 1, 1, 0, 0)])
+            return (self._outs, state) if save else None
+        if reduction.linear:
+            return None
+        return ((reduction.num_sums + 2, *self._outs) if save else (0,), self._wide)
 
     def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The value of each run, and the offset of its winner if that is kept."""
+        """The value of each run, and what is kept."""
         y = in_large_pages(x.new_empty(self._outs))
-        if self._state is None:
+        if self._kept is None:
             self._there.run(x, y, table)
             return y, None
-        state = x.new_empty(self._outs, dtype=self._state)
-        self._there.run(x, y, state, table)
-        return y, state
+        kept = x.new_empty(self._kept[0], dtype=self._kept[1])
+        self._there.run(x, y, kept, table)
+        return y, kept
 
-    def backward(self, grad: Tensor, state: Tensor | None, table: Tensor) -> Tensor:
+    def backward(
+        self, grad: Tensor, kept: Tensor | None, x: Tensor | None, table: Tensor
+    ) -> Tensor:
         """The gradient by x."""
         grad = grad.to(self._wide).contiguous()
         gx = in_large_pages(grad.new_empty(self._shape))
-        kept = () if state is None else (state,)
-        self._back.run(grad, *kept, gx, table)
+        given = (t for t in (grad, x, kept, gx, table) if t is not None)
+        self._back.run(*given)
         return gx.to(self._dtype)
 
 
-def _to_read(x: Tensor, y: Tensor, *others: Tensor) -> tuple[Any, ...]:
-    *kept, table = others
-    state = flat(kept[0], False) if kept else None
-    return flat(x, False), None, None, flat(y, False), state, table.numpy()
+def _each(*tensors: Tensor) -> tuple[Any, ...]:
+    """The memory of contiguous tensors, the last of which is a table."""
+    *others, table = tensors
+    return *(flat(t, False) for t in others), table.numpy()
 
 
-def _to_send(g: Tensor, state: Tensor, gx: Tensor, table: Tensor) -> tuple[Any, ...]:
-    return *(flat(t, False) for t in (g, state, gx)), table.numpy()
+def _plain_formula(reduction: Any, dtype: torch.dtype) -> _Formula:
+    if isinstance(reduction, (Selection, Sum, Mean)):
+        return _Formula(_tag(reduction), None, None)
+    value = None if reduction.value is None else torch.full((1,), reduction.value, dtype=dtype)
+    return _formula((), None, None, value, reduction, dtype, False)
 
 
-def _to_spread(g: Tensor, gx: Tensor, table: Tensor) -> tuple[Any, ...]:
-    return flat(g, False), None, None, None, None, flat(gx, False), None, table.numpy()
+def _reading_runs(batch: _Batch, formula: _Formula, reduction: Any) -> Job:
+    """`_reading` without weights; its arrays are x, y, what is kept, and the table."""
+    job = _reading(batch, formula.tag, reduction)
+
+    def arguments(x: Any, y: Any, *others: Any) -> tuple[Any, ...]:
+        kept = others[0] if len(others) > 1 else None
+        return job.arguments(x, None, formula.params, y, kept, others[-1])
+
+    effort = _WORK if formula.params is not None else 1
+    return job._replace(arguments=arguments, effort=effort)
+
+
+def _sending_runs(batch: _Batch, formula: _Formula, reduction: Any, traffic: int) -> Job:
+    """The backward pass; its arrays are grad, x and what was kept if there are, the gradient by x,
+    and the table."""
+    if isinstance(reduction, Selection):
+        return _sending(batch, traffic)
+    job = _spreading(batch, formula.tag, traffic, reduction)
+
+    def arguments(g: Any, *others: Any) -> tuple[Any, ...]:
+        *kept, gx, table = others
+        x, stats = kept or (None, None)
+        return job.arguments(g, x, None, formula.params, stats, gx, None, table)
+
+    return job._replace(arguments=arguments)
 
 
 @lru_cache(maxsize=256)
@@ -155,9 +193,7 @@ def _runs(team: int, *case: Any) -> _Runs:
     return _Runs(*case)
 
 
-def over_runs(
-    like: Tensor, reduction: Reduction, dim: int, table: Any, save: bool
-) -> Training | None:
+def over_runs(like: Tensor, reduction: Any, dim: int, table: Any, save: bool) -> Training | None:
     """Both passes over runs of rows, as functions of contiguous tensors like this one.
 
     Args:
@@ -171,8 +207,11 @@ def over_runs(
     rows = torch.from_numpy(table)
     case = like.shape, like.dtype, dim, rows.shape, reduction, save
     runs = _runs(torch.get_num_threads(), *case)
+    keeps_x = not isinstance(reduction, Selection) and not reduction.linear
     return Training(
-        lambda x: runs.forward(x, rows), lambda grad, state: runs.backward(grad, state, rows)
+        lambda x: runs.forward(x, rows),
+        lambda grad, kept, x: runs.backward(grad, kept, x, rows),
+        keeps_x,
     )
 
 
