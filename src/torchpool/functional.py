@@ -15,21 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torchpool import ops, ragged, small
 from torchpool.kernels import layout, lowering, reference
-from torchpool.reductions import (
-    Accumulation,
-    LogMeanExp,
-    Lp,
-    Max,
-    Mean,
-    Min,
-    PowerMean,
-    Reduction,
-    Selection,
-    SoftmaxMean,
-    Std,
-    Sum,
-    Var,
-)
+from torchpool.reductions import Accumulation, Lp, Max, Mean, Min, Reduction, Selection, Sum
 from torchpool.unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from torchpool.windows import Adaptive, Axis, Fractional, Global, Size, Window, Windows
 
@@ -150,11 +136,6 @@ def pool(
 
 _REPEATED: tuple[Any, ...] = (Max, Min, Sum, Mean, Window, Adaptive, Global)
 """Reductions without a parameter that could change, and windows."""
-_OVER_RUNS: tuple[Any, ...] = (
-    *(Max, Min, Sum, Mean, Var, Std),
-    *(Lp, PowerMean, LogMeanExp, SoftmaxMean),
-)
-"""Reductions that are prepared for whole samples."""
 
 
 def _ready(x: Any, reduction: Any, windows: Any, dims: Any) -> Any:
@@ -277,8 +258,8 @@ def _over_runs(
     """
     mask, weights, return_indices, fill = others
     is_frequent = (
-        type(reduction) in _OVER_RUNS
-        and not isinstance(reduction.value, Tensor)
+        not isinstance(reduction.value, Tensor)
+        and type(reduction).__hash__ is not None
         and type(windows) is Global
         and mask is None
         and weights is None

@@ -122,7 +122,7 @@ class _Runs:
         if isinstance(reduction, Selection):
             state = layout.state_dtype([Axis(size, 1, size, 1, 1, 0, 0)])
             return (self._outs, state) if save else None
-        if reduction.linear:
+        if _is_merged(reduction):
             return None
         return ((reduction.num_sums + 2, *self._outs) if save else (0,), self._wide)
 
@@ -154,7 +154,7 @@ def _each(*tensors: Tensor) -> tuple[Any, ...]:
 
 
 def _plain_formula(reduction: Any, dtype: torch.dtype) -> _Formula:
-    if isinstance(reduction, (Selection, Sum, Mean)):
+    if _is_merged(reduction):
         return _Formula(_tag(reduction), None, None)
     value = None if reduction.value is None else torch.full((1,), reduction.value, dtype=dtype)
     return _formula((), None, None, value, reduction, dtype, False)
@@ -193,6 +193,18 @@ def _runs(team: int, *case: Any) -> _Runs:
     return _Runs(*case)
 
 
+def _is_served(reduction: Any) -> bool:
+    kind: Any = type(reduction)
+    if isinstance(reduction, Selection):
+        return kind.key is Selection.key
+    return _is_merged(reduction) or not (reduction.linear or formulas.why_not(kind))
+
+
+def _is_merged(reduction: Any) -> bool:
+    """Whether elements are compared or added as they are, and not read again for the gradient."""
+    return isinstance(reduction, Selection) or type(reduction) in (Sum, Mean)
+
+
 def over_runs(like: Tensor, reduction: Any, dim: int, table: Any, save: bool) -> Training | None:
     """Both passes over runs of rows, as functions of contiguous tensors like this one.
 
@@ -202,16 +214,15 @@ def over_runs(like: Tensor, reduction: Any, dim: int, table: Any, save: bool) ->
             or of the first of them.
         save: whether there will be a backward pass.
     """
-    if like.dtype not in _FLOATS or like.shape[dim] >= 1 << 31:
+    if like.dtype not in _FLOATS or like.shape[dim] >= 1 << 31 or not _is_served(reduction):
         return None
     rows = torch.from_numpy(table)
     case = like.shape, like.dtype, dim, rows.shape, reduction, save
     runs = _runs(torch.get_num_threads(), *case)
-    keeps_x = not isinstance(reduction, Selection) and not reduction.linear
     return Training(
         lambda x: runs.forward(x, rows),
         lambda grad, kept, x: runs.backward(grad, kept, x, rows),
-        keeps_x,
+        not _is_merged(reduction),
     )
 
 
