@@ -28,6 +28,15 @@ PAIRS = [
         lambda x: functional.max_pool2d(x, (3, 2), 1, (1, 0)),
         lambda x: F.max_pool2d(x, (3, 2), 1, (1, 0)),
     ),
+    (lambda x: functional.lp_pool2d(x, 3.0, 2), lambda x: F.lp_pool2d(x.abs(), 3.0, 2)),
+    (
+        lambda x: tp.pool(x, tp.PowerMean(2.0), tp.Window(3, 2)),
+        lambda x: F.avg_pool2d(x.clamp(min=1e-6).square(), 3, 2).sqrt(),
+    ),
+    (
+        lambda x: tp.pool(x, tp.SoftmaxMean(0.5), tp.Global()),
+        lambda x: ((x / 2).flatten(2).softmax(2) * x.flatten(2)).sum(2)[..., None, None],
+    ),
 ]
 
 
@@ -105,12 +114,24 @@ def test_a_repeated_call_is_not_prepared_again():
 def test_a_call_that_no_backend_prepares_is_remembered_too(monkeypatch):
     monkeypatch.setitem(ops._FIRST, "cpu", "reference")
     functional._ready_call.cache_clear()
-    for reduction in (tp.Max(), tp.Mean()):
+    for reduction, pool in (
+        (tp.Max(), F.max_pool2d),
+        (tp.Mean(), F.avg_pool2d),
+        (tp.Lp(2.0), lambda x, k: F.lp_pool2d(x, 2.0, k)),
+    ):
         for x in torch.randn(2, 1, 2, 9, 9):
-            y = tp.pool(x, reduction, tp.Window(3))
-            pool = F.max_pool2d if reduction == tp.Max() else F.avg_pool2d
-            torch.testing.assert_close(y, pool(x, 3))
+            torch.testing.assert_close(tp.pool(x, reduction, tp.Window(3)), pool(x, 3))
     functional._ready_call.cache_clear()
+
+
+def test_parameters_tell_calls_apart():
+    x = torch.rand(1, 2, 8, 8)
+    for p in (1.0, 2.0, 2.5, 2.0, 1.0):
+        y = tp.pool(x, tp.Lp(p), tp.Window(2))
+        torch.testing.assert_close(y, F.lp_pool2d(x, p, 2))
+        wanted = F.lp_pool2d(x, p, 2).amax()
+        learned = torch.tensor(p, requires_grad=True)
+        torch.testing.assert_close(tp.pool(x, tp.Lp(learned), tp.Window(2)).amax(), wanted)
 
 
 def test_an_empty_window_is_empty_again():

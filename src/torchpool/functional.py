@@ -141,17 +141,26 @@ _REPEATED: tuple[Any, ...] = (Max, Min, Sum, Mean, Window, Adaptive, Global)
 def _ready(x: Any, reduction: Any, windows: Any, dims: Any) -> Any:
     """A call of `pool` for a plain tensor, as a function of x; None where more is asked of it."""
     if (
-        type(reduction) not in _REPEATED
-        or type(windows) not in _REPEATED
+        type(windows) not in _REPEATED
         or (dims is not None and type(dims) is not range)
         or not isinstance(x, Tensor)
         or not (x.is_cpu or x.is_cuda)
+        or not (type(reduction) in _REPEATED or (x.is_cpu and _is_fixed(reduction)))
         or not ops.is_plain(x)
         or os.environ.get("TORCHPOOL_BACKEND")
     ):
         return None
     shape, stride, watched = x.shape, x.stride(), ops.is_watched(x)
     return _ready_call(reduction, windows, dims, shape, stride, x.dtype, x.is_cpu, watched)
+
+
+def _is_fixed(reduction: Any) -> bool:
+    """Whether a reduction holds numbers alone, by which calls can be told apart."""
+    return (
+        isinstance(reduction, Reduction)
+        and not isinstance(reduction.value, Tensor)
+        and type(reduction).__hash__ is not None
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -171,7 +180,7 @@ def _ready_call(
         return None
     call = ops.ready(case.x, reduction, case.axes, on_cpu, watched)
     view = case.view
-    if view.is_canonical:
+    if call is None or view.is_canonical:
         return call
     return lambda x: view.restore(call(view.canonical(x)))
 
@@ -258,8 +267,7 @@ def _over_runs(
     """
     mask, weights, return_indices, fill = others
     is_frequent = (
-        not isinstance(reduction.value, Tensor)
-        and type(reduction).__hash__ is not None
+        _is_fixed(reduction)
         and type(windows) is Global
         and mask is None
         and weights is None

@@ -180,13 +180,16 @@ def ready(
     on_cpu: bool,
     watched: bool,
 ) -> Any:
-    """The values of all windows as a function of plain tensors like x, prepared once.
+    """The values of all windows as a function of plain tensors like x, prepared once; None of a
+    formula that no backend prepares.
 
     Args:
         on_cpu: where these tensors lie.
         watched: a gradient is asked for.
     """
     prepared = _prepared(x, reduction, axes, watched) if on_cpu else None
+    if prepared is None and reduction.value is not None:
+        return None
     if watched:
         return _ready_for_gradients(x, reduction, axes, prepared)
     if prepared is not None:
@@ -212,14 +215,15 @@ def _ready_for_gradients(
 ) -> Any:
     """The same where a gradient is asked for. What a backend prepared is not differentiable itself:
     further derivatives go through the operators of the gradient."""
-    spec, numbers, last = reduction.spec, tuple(pack(axes)), layout.is_channels_last(x)
+    numbers, last = tuple(pack(axes)), layout.is_channels_last(x)
     if prepared is None:
+        spec = reduction.spec
         if isinstance(reduction, Selection):
             return lambda x: _select_directly(x, None, None, spec, numbers, True)[0]
         return lambda x: _accumulate_directly(x, None, None, None, None, spec, numbers, True)[0]
 
-    def by_operator(grad: Tensor, state: Tensor | None, _: Tensor | None) -> Tensor:
-        return _gradient(grad, state, None, spec, numbers, last)
+    def by_operator(grad: Tensor, kept: Tensor | None, x: Tensor | None) -> Tensor:
+        return _gradient(reduction, grad, kept, x, None, numbers, last)
 
     call: Any = _Ready.apply
     return lambda x: call(x, prepared, by_operator)
@@ -252,15 +256,11 @@ def over_runs(x: Tensor, reduction: Any, dim: int, table: Any) -> Tensor | None:
         grad, rows = planes(grad), torch.from_numpy(table)[:, None, None]
         if len(rows) > 1:
             rows = rows.repeat_interleave(len(grad) // len(rows), 0)
-        last, spec = layout.is_channels_last(grad), reduction.spec
-        if x is None:
-            kept = None if kept is None else planes(kept)
-            gx = _gradient(grad, kept, rows, spec, numbers, last)
-        else:
-            dtype, p = layout.compute_dtype(x.dtype), reduction.value
-            params = None if p is None else torch.full((1,), p, dtype=dtype)
-            given = (grad, planes(x), None, None, params, rows, kept, spec, numbers, last)
-            gx = _call_accumulate_backward(*given, [True, False, False])[0]
+        last = layout.is_channels_last(grad)
+        if isinstance(reduction, Selection) and kept is not None:
+            kept = planes(kept)
+        x = None if x is None else planes(x)
+        gx = _gradient(reduction, grad, kept, x, rows, numbers, last)
         return gx.movedim(2, 1).reshape(shape)
 
     call: Any = _Ready.apply
@@ -269,22 +269,26 @@ def over_runs(x: Tensor, reduction: Any, dim: int, table: Any) -> Tensor | None:
 
 
 def _gradient(
+    reduction: Any,
     grad: Tensor,
-    state: Tensor | None,
+    kept: Tensor | None,
+    x: Tensor | None,
     starts: Tensor | None,
-    spec: str,
     numbers: Sequence[int],
     channels_last: bool,
 ) -> Tensor:
-    """The gradient by x of a selection, which has a state, or of a sum or mean, by the operators,
-    which are differentiable themselves."""
-    if state is not None:
-        by_winner: Tensor = _call_select_backward(grad, state, starts, numbers, channels_last)
+    """The gradient by x, by the operators, which are differentiable themselves. A selection kept
+    its winners, a formula its sums and x, a sum or mean nothing."""
+    if isinstance(reduction, Selection):
+        by_winner: Tensor = _call_select_backward(grad, kept, starts, numbers, channels_last)
         return by_winner
-    empty = grad.new_empty(0)
-    stats = empty.to(layout.compute_dtype(grad.dtype))
-    given = (grad, empty, None, None, None, starts, stats, spec, numbers, channels_last)
-    gx: Tensor = _call_accumulate_backward(*given, [True, False, False])[0]
+    empty, p = grad.new_empty(0), reduction.value
+    dtype = layout.compute_dtype(grad.dtype)
+    params = None if p is None else torch.full((1,), p, dtype=dtype)
+    given = (grad, empty if x is None else x, None, None, params, starts)
+    stats = empty.to(dtype) if kept is None else kept
+    options = (reduction.spec, numbers, channels_last, [True, False, False])
+    gx: Tensor = _call_accumulate_backward(*given, stats, *options)[0]
     return gx
 
 

@@ -222,16 +222,19 @@ def ready(
     """The values of all windows, as a function of tensors like the given one: same shape, strides
     and dtype. What does not depend on the elements is worked out once. None where that is not
     worth it."""
-    last, outs = layout.is_channels_last(like), [axis.out_size for axis in axes]
-    if not like.numel() or not (last or like.is_contiguous()):
+    if not _can_be_ready(like, reduction, axes):
         return None
+    if not _is_merged(reduction):
+        formula = _ReadyFormula(like, reduction, axes, False)
+        return lambda x: formula.forward(x)[0]
+    last, outs = layout.is_channels_last(like), [axis.out_size for axis in axes]
     selects = isinstance(reduction, Selection)
     plan = _plan(like, axes, last, True)
     example = unwritten(like.shape, like.stride(), like.dtype)
     dtype = like.dtype if selects else layout.result_dtype(like.dtype, reduction)  # type: ignore
     result = layout.empty(example, outs, last, dtype)
     arrays = _arrays(example, result, selects, plan)
-    if arrays is None or not result.numel():
+    if arrays is None:
         return None
     job = _job(reduction, arrays[0], plan)
     clears = selects and plan.has_empty
@@ -248,18 +251,28 @@ def ready(
     return call
 
 
+def _can_be_ready(like: Tensor, reduction: Selection | Accumulation, axes: Sequence[Axis]) -> bool:
+    """Whether there is something to do, on dense memory, with nothing to be worked out again."""
+    if not like.numel() or not all(axis.out_size for axis in axes):
+        return False
+    is_dense = layout.is_channels_last(like) or like.is_contiguous()
+    return is_dense and (_is_merged(reduction) or not reduction.linear)  # type: ignore[union-attr]
+
+
 def ready_to_train(
     like: Tensor, reduction: Selection | Accumulation, axes: Sequence[Axis]
 ) -> Training | None:
     """As `ready`, of both passes."""
-    if not like.dtype.is_floating_point:
-        return None
-    values = ready(like, reduction, axes)
-    if values is None:
+    if not like.dtype.is_floating_point or not _can_be_ready(like, reduction, axes):
         return None
     if isinstance(reduction, Selection):
         return _select_ready(like, reduction, axes)
-    spread = _spread_ready(like, reduction, axes)
+    if not _is_merged(reduction):
+        formula = _ReadyFormula(like, reduction, axes, True)
+        return Training(formula.forward, formula.backward, keeps_x=True)
+    values, spread = ready(like, reduction, axes), _spread_ready(like, reduction, axes)
+    if values is None:
+        return None
     return Training(lambda x: (values(x), None), lambda grad, *_: spread(grad))
 
 
@@ -317,6 +330,63 @@ def _spread_ready(
         return gx
 
     return backward
+
+
+def _is_merged(reduction: Selection | Accumulation) -> bool:
+    """Whether elements are compared or added as they are, and not read again for the gradient."""
+    return isinstance(reduction, Selection) or type(reduction) in (Sum, Mean)
+
+
+class _ReadyFormula:
+    """Both passes of a formula without tensors.
+
+    Args:
+        like: what it is done with tensors like.
+        save: whether there will be a backward pass.
+    """
+
+    def __init__(self, like: Tensor, reduction: Any, axes: Sequence[Axis], save: bool) -> None:
+        self._last = last = layout.is_channels_last(like)
+        self._example = x = unwritten(like.shape, like.stride(), like.dtype)
+        self._result = y = layout.empty(x, [axis.out_size for axis in axes], last)
+        self._stats = stats = layout.empty_stats(x, y.shape[2:], reduction, save).flatten()
+        p = reduction.value
+        p = None if p is None else torch.full((1,), p, dtype=stats.dtype)
+        numbers, plan = parameters(p, stats.dtype), _plan(x, axes, last)
+        tag, (column, divisor) = formulas.tag(type(reduction), numbers), _divisor(reduction)
+        read = _direct(tag, like.shape[1], column, divisor, plan)
+        self._there = Prepared(
+            read._replace(arguments=lambda kept, x, y: read.arguments(x, y, kept, None, numbers)),
+            (stats, x, y),
+            self._arrays,
+            _WORK * y.numel() * plan.taps,
+        )
+        if save:
+            send = _backward(tag, like.shape[1], -1, divisor, plan)
+            self._back = Prepared(
+                send._replace(
+                    arguments=lambda kept, g, gx, x: send.arguments(g, kept, gx, x, None, numbers)
+                ),
+                (stats, y, torch.empty_like(x), x),
+                self._arrays,
+            )
+
+    def _arrays(self, kept: Tensor, *others: Tensor) -> tuple[Any, ...]:
+        return kept.numpy(), *(flat(t, self._last) for t in others)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The values of all windows, and what is kept."""
+        y, kept = in_large_pages(torch.empty_like(self._result)), torch.empty_like(self._stats)
+        self._there.run(kept, x, y)
+        return y, kept
+
+    def backward(self, grad: Tensor, kept: Tensor | None, x: Tensor | None) -> Tensor:
+        """The gradient by x."""
+        assert kept is not None
+        assert x is not None
+        gx = in_large_pages(torch.empty_like(self._example, dtype=grad.dtype))
+        self._back.run(kept, layout.to_layout(grad, self._last), gx, x)
+        return gx
 
 
 def _merge_directly(

@@ -33,18 +33,23 @@ class Prepared:
     Args:
         job: what is done.
         likes: tensors like those that it is done with.
-        arrays: tensors like `likes` as the kernel takes them, in its order; None for what it does
-            without.
+        arrays: tensors like `likes` as the job takes them.
+        traffic: bytes moved, which decides whether threads pay; by default those of `likes`.
     """
 
     def __init__(
-        self, job: Job, likes: tuple[Tensor, ...], arrays: Callable[..., tuple[Any, ...]]
+        self,
+        job: Job,
+        likes: tuple[Tensor, ...],
+        arrays: Callable[..., tuple[Any, ...]],
+        traffic: int | None = None,
     ) -> None:
         self._job, self._arrays = job, arrays
-        self._traffic = int(job.effort * sum(like.nbytes for like in likes))
+        if traffic is None:
+            traffic = sum(like.nbytes for like in likes)
+        self._traffic = int(job.effort * traffic)
         known = arrays(*likes)
-        changing = tuple(array for array in known if array is not None)
-        self._call = Call(job.kernel, job.units, job.arguments(*known), changing)
+        self._call = Call(job.kernel, job.units, job.arguments(*known), known)
 
     def run(self, *tensors: Tensor) -> None:
         """Does the job with tensors like those that it was prepared for."""

@@ -42,20 +42,22 @@ class Call:
     Args:
         kernel: `kernel(begin, end, *args)` does the pieces of work `begin .. end - 1`.
         units: how many pieces there are.
-        changing: arrays among the arguments that each run finds at another address.
+        changing: arrays among the arguments that each run finds at another address, in the order in
+            which it is told where.
     """
 
     def __init__(
         self, kernel: Any, units: int, args: tuple[Any, ...], changing: tuple[Any, ...] = ()
     ) -> None:
         words = [0, 0, 0, _entry(kernel, args), units]
-        self._places, self._kept = [], args
-        if changing:
-            self._kept = tuple(arg for arg in args if not _is_among(arg, changing))
+        places, self._kept = {}, []
         for arg in args:
-            if changing and _is_among(arg, changing):
-                self._places.append(len(words) + _ADDRESS)
+            if changing and any(arg is array for array in changing):
+                places[id(arg)] = len(words) + _ADDRESS
+            else:
+                self._kept.append(arg)
             _add_words(words, arg)
+        self._places = [places[id(array)] for array in changing]
         self._words = array("q", words)
 
     def run(self, shares: int, threads: int, *addresses: int) -> bool:
@@ -69,10 +71,6 @@ class Call:
         else:
             _alone(_place_of(job))
         return not job[_FAILED]
-
-
-def _is_among(arg: Any, arrays: tuple[Any, ...]) -> bool:
-    return any(arg is array for array in arrays)
 
 
 def _place_of(job: array[int]) -> int:
