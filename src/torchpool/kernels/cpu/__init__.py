@@ -347,9 +347,11 @@ class _ReadyFormula:
 
     def __init__(self, like: Tensor, reduction: Any, axes: Sequence[Axis], save: bool) -> None:
         self._last = last = layout.is_channels_last(like)
-        self._example = x = unwritten(like.shape, like.stride(), like.dtype)
-        self._result = y = layout.empty(x, [axis.out_size for axis in axes], last)
-        self._stats = stats = layout.empty_stats(x, y.shape[2:], reduction, save).flatten()
+        self._form = like.shape, like.stride()
+        x = unwritten(*self._form, like.dtype)
+        y = layout.empty(x, [axis.out_size for axis in axes], last)
+        stats = layout.empty_stats(x, y.shape[2:], reduction, save).flatten()
+        self._outs, self._room = (y.shape, y.stride()), (stats.shape, (1,), stats.dtype)
         p = reduction.value
         p = None if p is None else torch.full((1,), p, dtype=stats.dtype)
         numbers, plan = parameters(p, stats.dtype), _plan(x, axes, last)
@@ -376,7 +378,8 @@ class _ReadyFormula:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The values of all windows, and what is kept."""
-        y, kept = in_large_pages(torch.empty_like(self._result)), torch.empty_like(self._stats)
+        y = in_large_pages(unwritten(*self._outs, x.dtype))
+        kept = unwritten(*self._room)
         self._there.run(kept, x, y)
         return y, kept
 
@@ -384,7 +387,7 @@ class _ReadyFormula:
         """The gradient by x."""
         assert kept is not None
         assert x is not None
-        gx = in_large_pages(torch.empty_like(self._example, dtype=grad.dtype))
+        gx = in_large_pages(unwritten(*self._form, grad.dtype))
         self._back.run(kept, layout.to_layout(grad, self._last), gx, x)
         return gx
 
