@@ -224,7 +224,7 @@ def ready(
     worth it."""
     if not _can_be_ready(like, reduction, axes):
         return None
-    if not _is_merged(reduction):
+    if not formulas.is_merged(reduction):
         formula = _ReadyFormula(like, reduction, axes, False)
         return lambda x: formula.forward(x)[0]
     last, outs = layout.is_channels_last(like), [axis.out_size for axis in axes]
@@ -256,7 +256,7 @@ def _can_be_ready(like: Tensor, reduction: Selection | Accumulation, axes: Seque
     if not like.numel() or not all(axis.out_size for axis in axes):
         return False
     is_dense = layout.is_channels_last(like) or like.is_contiguous()
-    return is_dense and (_is_merged(reduction) or not reduction.linear)  # type: ignore[union-attr]
+    return is_dense and (formulas.is_merged(reduction) or not reduction.linear)  # type: ignore[union-attr]
 
 
 def ready_to_train(
@@ -267,7 +267,7 @@ def ready_to_train(
         return None
     if isinstance(reduction, Selection):
         return _select_ready(like, reduction, axes)
-    if not _is_merged(reduction):
+    if not formulas.is_merged(reduction):
         formula = _ReadyFormula(like, reduction, axes, True)
         return Training(formula.forward, formula.backward, keeps_x=True)
     values, spread = ready(like, reduction, axes), _spread_ready(like, reduction, axes)
@@ -330,11 +330,6 @@ def _spread_ready(
         return gx
 
     return backward
-
-
-def _is_merged(reduction: Selection | Accumulation) -> bool:
-    """Whether elements are compared or added as they are, and not read again for the gradient."""
-    return isinstance(reduction, Selection) or type(reduction) in (Sum, Mean)
 
 
 class _ReadyFormula:

@@ -22,7 +22,7 @@ from torchpool.kernels.cpu import scalars
 from torchpool.kernels.cpu.parts import INNER, inlined
 from torchpool.kernels.cpu.scalars import is_single
 from torchpool.kernels.cpu.simd import Vector, splat_as
-from torchpool.reductions import Accumulation
+from torchpool.reductions import Accumulation, Mean, Selection, Sum
 
 MAX_SUMS = 4
 _METHODS = ("key", "least", "lift", "lift_dx", "lift_dp", "finish", "finish_grad")
@@ -86,6 +86,11 @@ def tag(kind: Any, params: Any = None) -> Any:
     name = f"{_PREFIX}{kind.__name__}_{exponent or ''}_{digest}"
     _kinds[name] = kind, exponent
     return __getattr__(name)(0)
+
+
+def is_merged(reduction: Any) -> bool:
+    """Whether elements are compared or added as they are, without a formula."""
+    return isinstance(reduction, Selection) or type(reduction) in (Sum, Mean)
 
 
 @lru_cache(maxsize=256)

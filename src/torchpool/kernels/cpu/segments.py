@@ -104,9 +104,10 @@ class _Runs:
         batch = _Batch(inner > 1, table.numpy(), size, planes, inner, inner, 0, per, 1)
         self._shape, self._outs = shape, (*shape[:dim], runs[1], *shape[dim + 1 :])
         self._dtype, self._wide = dtype, layout.compute_dtype(dtype)
+        self._given = self._wide if isinstance(reduction, Selection) else dtype
         self._kept = self._room(reduction, size, save)
         x, y = torch.empty(shape, dtype=dtype), torch.empty(self._outs, dtype=dtype)
-        gx, g = (torch.empty(t.shape, dtype=self._wide) for t in (x, y))
+        gx, g = torch.empty(shape, dtype=self._wide), torch.empty(self._outs, dtype=self._given)
         kept = () if self._kept is None else (torch.empty(self._kept[0], dtype=self._kept[1]),)
         formula = _plain_formula(reduction, self._wide)
         self._there = Prepared(
@@ -122,7 +123,7 @@ class _Runs:
         if isinstance(reduction, Selection):
             state = layout.state_dtype([Axis(size, 1, size, 1, 1, 0, 0)])
             return (self._outs, state) if save else None
-        if _is_merged(reduction):
+        if formulas.is_merged(reduction):
             return None
         return ((reduction.num_sums + 2, *self._outs) if save else (0,), self._wide)
 
@@ -140,8 +141,8 @@ class _Runs:
         self, grad: Tensor, kept: Tensor | None, x: Tensor | None, table: Tensor
     ) -> Tensor:
         """The gradient by x."""
-        grad = grad.to(self._wide).contiguous()
-        gx = in_large_pages(grad.new_empty(self._shape))
+        grad = grad.to(self._given).contiguous()
+        gx = in_large_pages(grad.new_empty(self._shape, dtype=self._wide))
         given = (t for t in (grad, x, kept, gx, table) if t is not None)
         self._back.run(*given)
         return gx.to(self._dtype)
@@ -154,7 +155,7 @@ def _each(*tensors: Tensor) -> tuple[Any, ...]:
 
 
 def _plain_formula(reduction: Any, dtype: torch.dtype) -> _Formula:
-    if _is_merged(reduction):
+    if formulas.is_merged(reduction):
         return _Formula(_tag(reduction), None, None)
     value = None if reduction.value is None else torch.full((1,), reduction.value, dtype=dtype)
     return _formula((), None, None, value, reduction, dtype, False)
@@ -197,12 +198,7 @@ def _is_served(reduction: Any) -> bool:
     kind: Any = type(reduction)
     if isinstance(reduction, Selection):
         return kind.key is Selection.key
-    return _is_merged(reduction) or not (reduction.linear or formulas.why_not(kind))
-
-
-def _is_merged(reduction: Any) -> bool:
-    """Whether elements are compared or added as they are, and not read again for the gradient."""
-    return isinstance(reduction, Selection) or type(reduction) in (Sum, Mean)
+    return formulas.is_merged(reduction) or not (reduction.linear or formulas.why_not(kind))
 
 
 def over_runs(like: Tensor, reduction: Any, dim: int, table: Any, save: bool) -> Training | None:
@@ -222,7 +218,7 @@ def over_runs(like: Tensor, reduction: Any, dim: int, table: Any, save: bool) ->
     return Training(
         lambda x: runs.forward(x, rows),
         lambda grad, kept, x: runs.backward(grad, kept, x, rows),
-        not _is_merged(reduction),
+        not formulas.is_merged(reduction),
     )
 
 
@@ -270,8 +266,8 @@ def select(
     if y.numel():
         batch = _batch(x, starts, axes[0], last)
         live = None if mask is None else flat(layout.to_layout(mask.expand(x.shape), last), last)
-        state_ = flat(state, last) if kept else None
-        arrays = flat(x, last), live, None, flat(y, last), state_, batch.table
+        offsets = flat(state, last) if kept else None
+        arrays = flat(x, last), live, None, flat(y, last), offsets, batch.table
         job = _reading(batch, _tag(reduction), reduction)
         do(job, batch.elements * x.element_size(), arrays)
     return y, state if save else x.new_empty(0, dtype=dtype)

@@ -52,12 +52,12 @@ class Call:
         words = [0, 0, 0, _entry(kernel, args), units]
         places, self._kept = {}, []
         for arg in args:
-            if changing and any(arg is array for array in changing):
+            if changing and any(arg is other for other in changing):
                 places[id(arg)] = len(words) + _ADDRESS
             else:
                 self._kept.append(arg)
             _add_words(words, arg)
-        self._places = [places[id(array)] for array in changing]
+        self._places = [places[id(other)] for other in changing]
         self._words = array("q", words)
 
     def run(self, shares: int, threads: int, *addresses: int) -> bool:
