@@ -3,6 +3,9 @@ that tells calls apart is forgotten."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +100,51 @@ def test_prepared_gradients_can_be_differentiated_further(ours, torchs):
         (gx,) = torch.autograd.grad((pooled(leaf) * weights).sum(), leaf, create_graph=True)
         sums += torch.autograd.grad(gx.square().sum(), weights)
     torch.testing.assert_close(found, known)
+
+
+@pytest.mark.parametrize("reduction", [tp.Max(), tp.SoftmaxMean(0.5), tp.Std()], ids=str)
+def test_saved_tensors_may_come_back_in_other_strides(reduction):
+    """As `save_on_cpu` with pinned memory gives them."""
+    for windows in (tp.Window(2), tp.Global()):
+        x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+        y = tp.pool(x, reduction, windows)
+        (wanted,) = torch.autograd.grad(y.sum(), x)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, torch.Tensor.contiguous):
+            y = tp.pool(x, reduction, windows)
+        (found,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_reductions_of_ones_own_may_hold_anything():
+    @dataclass(frozen=True)
+    class Listed(tp.SoftmaxMean):
+        extra: Any = ()
+
+    @dataclass(eq=False, frozen=True)
+    class Scaled(tp.Accumulation):
+        factor: float = field(default=1.0, compare=False)
+
+        def lift(x, a, p):
+            return (x * x,)
+
+        def lift_dx(x, a, p):
+            return (2 * x,)
+
+        def finish(s, n, a, p):
+            return p * s[0]
+
+        def finish_grad(s, n, a, p):
+            return (p,), 0.0, s[0]
+
+        parameter: ClassVar[str] = "factor"
+
+    x = torch.randn(1, 2, 6)
+    for again in range(2):
+        y = tp.pool(x, Listed(0.5, False, [again]), tp.Global())
+        torch.testing.assert_close(y, tp.pool(x, tp.SoftmaxMean(0.5), tp.Global()))
+    for factor in (1.0, 3.0):
+        y = tp.pool(x, Scaled(factor), tp.Global())
+        torch.testing.assert_close(y, factor * x.square().sum(2, keepdim=True))
 
 
 def test_a_repeated_call_is_not_prepared_again():

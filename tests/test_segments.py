@@ -97,6 +97,16 @@ def test_rows_of_one_shape_are_cut_anew_by_each_call(reduction, dtype):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("reduction", PLAIN, **named)
+def test_gradients_of_any_strides_are_those_that_are_differentiated_further(reduction):
+    x = (torch.rand(6, 4) + 0.5).requires_grad_()
+    y = tp.segment_pool(x, reduction, offsets=torch.tensor([0, 2, 3, 6]))
+    for grad in (torch.ones(()).expand(3, 4), torch.randn(4, 3).t(), torch.randn(3, 4)):
+        (plain,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+        (watched,) = torch.autograd.grad(y, x, grad, create_graph=True)
+        torch.testing.assert_close(plain, watched.detach())
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 7), (3, 7, 4)], ids=["last axis", "axis of channels"])
 @pytest.mark.parametrize("reduction", PLAIN, **named)
 def test_samples_that_are_prepared_have_further_derivatives(reduction, shape):
@@ -106,6 +116,16 @@ def test_samples_that_are_prepared_have_further_derivatives(reduction, shape):
     pool = lambda x: tp.pool(x, reduction, tp.Global(), lengths=lengths, dims=dims)  # noqa: E731
     assert torch.autograd.gradcheck(pool, x)
     assert torch.autograd.gradgradcheck(pool, x)
+
+
+def test_another_default_device():
+    x, offsets = torch.rand(5, 3).requires_grad_(), torch.tensor([0, 2, 5])
+    with torch.device("meta"):
+        for reduction in (tp.Sum(), tp.Max(), tp.SoftmaxMean(0.25)):
+            y = tp.segment_pool(x, reduction, offsets=offsets)
+            (gx,) = torch.autograd.grad(y, x, y.detach(), create_graph=True)
+            assert y.is_cpu
+            assert gx.is_cpu
 
 
 def test_the_aggregations_of_graph_networks():

@@ -135,7 +135,7 @@ def pool(
 # Calls that were made before
 
 _REPEATED: tuple[Any, ...] = (Max, Min, Sum, Mean, Window, Adaptive, Global)
-"""Reductions without a parameter that could change, and windows."""
+"""Windows, and the reductions that are prepared on every device."""
 
 
 def _ready(x: Any, reduction: Any, windows: Any, dims: Any) -> Any:
@@ -145,6 +145,7 @@ def _ready(x: Any, reduction: Any, windows: Any, dims: Any) -> Any:
         or (dims is not None and type(dims) is not range)
         or not isinstance(x, Tensor)
         or not (x.is_cpu or x.is_cuda)
+        or not isinstance(reduction, Reduction)
         or not (type(reduction) in _REPEATED or (x.is_cpu and _is_fixed(reduction)))
         or not ops.is_plain(x)
         or os.environ.get("TORCHPOOL_BACKEND")
@@ -155,12 +156,10 @@ def _ready(x: Any, reduction: Any, windows: Any, dims: Any) -> Any:
 
 
 def _is_fixed(reduction: Any) -> bool:
-    """Whether a reduction holds numbers alone, by which calls can be told apart."""
-    return (
-        isinstance(reduction, Reduction)
-        and not isinstance(reduction.value, Tensor)
-        and type(reduction).__hash__ is not None
-    )
+    """Whether a reduction is one of this library's, which numbers alone tell apart; a user's own
+    may hold anything."""
+    is_number = reduction.value is None or type(reduction.value) in (int, float)
+    return is_number and type(reduction).__module__.startswith("torchpool.")
 
 
 @lru_cache(maxsize=1024)

@@ -253,7 +253,7 @@ def over_runs(x: Tensor, reduction: Any, dim: int, table: Any) -> Tensor | None:
             return t.reshape(math.prod(shape[:dim]), t.shape[dim], -1).movedim(1, 2)
 
         numbers = tuple(pack([Axis(size, table.shape[1], size, 1, 1, 0, 0)]))
-        grad, rows = planes(grad), torch.from_numpy(table)[:, None, None]
+        grad, rows = planes(grad.contiguous()), torch.from_numpy(table)[:, None, None]
         if len(rows) > 1:
             rows = rows.repeat_interleave(len(grad) // len(rows), 0)
         last = layout.is_channels_last(grad)
@@ -284,7 +284,7 @@ def _gradient(
         return by_winner
     empty, p = grad.new_empty(0), reduction.value
     dtype = layout.compute_dtype(grad.dtype)
-    params = None if p is None else torch.full((1,), p, dtype=dtype)
+    params = None if p is None else torch.full((1,), p, dtype=dtype, device=grad.device)
     given = (grad, empty if x is None else x, None, None, params, starts)
     stats = empty.to(dtype) if kept is None else kept
     options = (reduction.spec, numbers, channels_last, [True, False, False])
@@ -305,8 +305,9 @@ class _Ready(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         state, x = ctx.saved_tensors
-        is_first = is_plain(grad) and not is_watched(grad, x)
-        gradient = ctx.prepared.backward if is_first else ctx.by_operator
+        is_first = is_plain(grad, x) and not is_watched(grad, x)
+        is_as_saved = x is None or x.dtype == grad.dtype  # hooks may have changed it
+        gradient = ctx.prepared.backward if is_first and is_as_saved else ctx.by_operator
         return gradient(grad, state, x), None, None
 
 

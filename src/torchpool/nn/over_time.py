@@ -62,6 +62,13 @@ class Valid:
         """Whether a sample has any valid element, (N,)."""
         return self.mask.any(-1) if self.lengths is None else self.lengths > 0
 
+    def is_everywhere(self) -> bool:
+        """Whether every sample is seen to have a valid element; False where looking costs."""
+        lengths = self.lengths
+        if lengths is None or not is_readable(lengths) or is_recorded():
+            return False
+        return bool(lengths.numpy().all())
+
 
 class OverTime(nn.Module):
     """A layer that pools the time axis of a padded batch. A subclass says how, in `_pool`.
@@ -99,7 +106,7 @@ class OverTime(nn.Module):
         """
         x, valid = self._arrange(x, mask, lengths)
         y = self._pool(x, valid).to(x.dtype)
-        if valid is not None:
+        if valid is not None and not valid.is_everywhere():
             y = torch.where(valid.some().view(-1, *(1,) * (y.ndim - 1)), y, self.fill)
         return y.transpose(1, 2) if y.ndim == 3 and self.layout == "NTC" else y
 

@@ -301,7 +301,7 @@ def _select_ready(like: Tensor, reduction: Selection, axes: Sequence[Axis]) -> T
     def backward(grad: Tensor, state: Tensor | None, _: Tensor | None) -> Tensor:
         assert state is not None
         gx = in_large_pages(unwritten(shape, stride, grad.dtype))
-        back.run(layout.to_layout(grad, last), state, gx)
+        back.run(layout.to_layout(grad, last), layout.to_layout(state, last), gx)
         return gx
 
     return Training(forward, backward)
@@ -347,9 +347,7 @@ class _ReadyFormula:
         y = layout.empty(x, [axis.out_size for axis in axes], last)
         stats = layout.empty_stats(x, y.shape[2:], reduction, save).flatten()
         self._outs, self._room = (y.shape, y.stride()), (stats.shape, (1,), stats.dtype)
-        p = reduction.value
-        p = None if p is None else torch.full((1,), p, dtype=stats.dtype)
-        numbers, plan = parameters(p, stats.dtype), _plan(x, axes, last)
+        numbers, plan = parameters(reduction.value, stats.dtype), _plan(x, axes, last)
         tag, (column, divisor) = formulas.tag(type(reduction), numbers), _divisor(reduction)
         read = _direct(tag, like.shape[1], column, divisor, plan)
         self._there = Prepared(
@@ -383,7 +381,8 @@ class _ReadyFormula:
         assert kept is not None
         assert x is not None
         gx = in_large_pages(unwritten(*self._form, grad.dtype))
-        self._back.run(kept, layout.to_layout(grad, self._last), gx, x)
+        grad, x = layout.to_layout(grad, self._last), layout.to_layout(x, self._last)
+        self._back.run(kept.contiguous(), grad, gx, x)
         return gx
 
 

@@ -78,11 +78,11 @@ def _once(t: Tensor) -> Tensor:
     return t
 
 
-def parameters(params: Tensor | None, dtype: torch.dtype) -> Any:
+def parameters(params: Tensor | float | None, dtype: torch.dtype) -> Any:
     """One number, or one per channel; 0 without a parameter."""
-    if params is None:
-        return np.zeros(1, np.float64 if dtype == torch.float64 else np.float32)
-    return params.detach().to(dtype).contiguous().reshape(-1).numpy()
+    if isinstance(params, Tensor):
+        return params.detach().to(dtype).contiguous().reshape(-1).numpy()
+    return np.full(1, params or 0.0, np.float64 if dtype == torch.float64 else np.float32)
 
 
 def by_channel(by_p: Any, grad: Tensor, count: int, channels_last: bool) -> Tensor:

@@ -99,16 +99,16 @@ class _Runs:
         save: bool,
     ) -> None:
         size, planes, inner = shape[dim], math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-        table = torch.zeros(runs, dtype=torch.int64)
+        table = torch.zeros(runs, dtype=torch.int64, device="cpu")
         per = 1 if runs[0] == 1 else planes // runs[0]
         batch = _Batch(inner > 1, table.numpy(), size, planes, inner, inner, 0, per, 1)
         self._shape, self._outs = shape, (*shape[:dim], runs[1], *shape[dim + 1 :])
         self._dtype, self._wide = dtype, layout.compute_dtype(dtype)
         self._given = self._wide if isinstance(reduction, Selection) else dtype
         self._kept = self._room(reduction, size, save)
-        x, y = torch.empty(shape, dtype=dtype), torch.empty(self._outs, dtype=dtype)
-        gx, g = torch.empty(shape, dtype=self._wide), torch.empty(self._outs, dtype=self._given)
-        kept = () if self._kept is None else (torch.empty(self._kept[0], dtype=self._kept[1]),)
+        x, y = _unwritten(shape, dtype), _unwritten(self._outs, dtype)
+        gx, g = _unwritten(shape, self._wide), _unwritten(self._outs, self._given)
+        kept = () if self._kept is None else (_unwritten(*self._kept),)
         formula = _plain_formula(reduction, self._wide)
         self._there = Prepared(
             _reading_runs(batch, formula, reduction), (x, y, *kept, table), _each
@@ -143,9 +143,13 @@ class _Runs:
         """The gradient by x."""
         grad = grad.to(self._given).contiguous()
         gx = in_large_pages(grad.new_empty(self._shape, dtype=self._wide))
-        given = (t for t in (grad, x, kept, gx, table) if t is not None)
-        self._back.run(*given)
+        given = (grad, x, kept, gx, table)
+        self._back.run(*(t.contiguous() for t in given if t is not None))
         return gx.to(self._dtype)
+
+
+def _unwritten(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _each(*tensors: Tensor) -> tuple[Any, ...]:
@@ -157,8 +161,7 @@ def _each(*tensors: Tensor) -> tuple[Any, ...]:
 def _plain_formula(reduction: Any, dtype: torch.dtype) -> _Formula:
     if formulas.is_merged(reduction):
         return _Formula(_tag(reduction), None, None)
-    value = None if reduction.value is None else torch.full((1,), reduction.value, dtype=dtype)
-    return _formula((), None, None, value, reduction, dtype, False)
+    return _formula((), None, None, reduction.value, reduction, dtype, False)
 
 
 def _reading_runs(batch: _Batch, formula: _Formula, reduction: Any) -> Job:
@@ -284,7 +287,8 @@ def _reading(batch: _Batch, tag: Any, reduction: Any) -> Job:
     """The forward pass; its arrays are x, weights or mask, parameters, y, what is kept, and the
     table."""
     options = *batch.geometry, *_divisor(reduction), isinstance(reduction, Mean)
-    arguments = lambda *arrays: (batch.way, tag, *arrays, *options)  # noqa: E731
+    way = batch.way  # a job that is kept shall not keep a table
+    arguments = lambda *arrays: (way, tag, *arrays, *options)  # noqa: E731
     return Job(tables.forward, batch.pieces, arguments)
 
 
@@ -343,7 +347,7 @@ def _formula(
     shape: Sequence[int],
     mask: Tensor | None,
     weights: Tensor | None,
-    params: Tensor | None,
+    params: Tensor | float | None,
     reduction: Accumulation,
     dtype: torch.dtype,
     channels_last: bool,

@@ -69,7 +69,7 @@ class Call:
         if threads > 1:
             _together(job, threads)
         else:
-            _alone(_place_of(job))
+            _on_this_thread(job)
         return not job[_FAILED]
 
 
@@ -126,14 +126,18 @@ _address: Any = _work.address
 _alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_address)
 
 
+def _on_this_thread(job: array[int]) -> None:
+    _alone(_place_of(job))
+
+
 def _together(job: array[int], threads: int) -> None:
     """Runs a job on several threads, this one among them."""
     enter = _team()
     if enter is not None:
         enter(_address, _place_of(job), threads, 0)
         return
-    others = [_helpers().submit(_alone, _place_of(job)) for _ in range(threads - 1)]
-    _alone(_place_of(job))
+    others = [_helpers().submit(_on_this_thread, job) for _ in range(threads - 1)]
+    _on_this_thread(job)
     for other in others:
         if not other.cancel():
             other.result()
