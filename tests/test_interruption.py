@@ -29,3 +29,20 @@ def test_an_interruption_that_is_not_dropped_is_raised_at_once():
         signal.raise_signal(signal.SIGINT)
         pytest.fail("not raised")
     interruption.heed()
+
+
+def test_an_interruption_waits_where_it_is_held():
+    done = []
+    with interruption.noted(), interruption.held():
+        signal.raise_signal(signal.SIGINT)
+        done.append("the transaction")
+        with pytest.raises(KeyboardInterrupt), interruption.released():
+            done.append("work")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # the second one
+    assert done == ["the transaction"]
+    with interruption.noted(), interruption.held():
+        with pytest.raises(KeyboardInterrupt), interruption.released():
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interruption.heed()

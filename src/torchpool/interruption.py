@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["heed", "noted"]
+__all__ = ["heed", "held", "noted", "released"]
 
 _noted: list[int] = []
+_holds: list[bool] = [False]
 
 
 @contextmanager
@@ -26,7 +27,8 @@ def noted() -> Iterator[None]:
 
     def note(number: int, frame: Any) -> None:
         _noted.append(number)
-        signal.default_int_handler(number, frame)
+        if not _holds[-1] or len(_noted) > 1:
+            signal.default_int_handler(number, frame)
 
     def report(dropped: Any) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
@@ -43,6 +45,28 @@ def noted() -> Iterator[None]:
         sys.unraisablehook = reported
         signal.signal(signal.SIGINT, handled)
         _noted.clear()
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Within `noted`: the first Ctrl-C waits for `released` or `heed`, so that it does not cut a
+    transaction in two, whose lock would stay; the second one does not wait."""
+    _holds.append(True)
+    try:
+        yield
+    finally:
+        _holds.pop()
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Within `held`: a Ctrl-C is raised at once, one that waits before the block begins."""
+    _holds.append(False)
+    try:
+        heed()
+        yield
+    finally:
+        _holds.pop()
 
 
 def heed() -> None:

@@ -194,7 +194,10 @@ class Experiment:
                     raise optuna.TrialPruned
                 (arm, seed), plan = claim, self.plan
                 on_trial(arm, seed)
-                score = train(arm.split("#")[0], seed, plan.task, plan.epochs, plan.device, tick)
+                with interruption.released():
+                    score = train(
+                        arm.split("#")[0], seed, plan.task, plan.epochs, plan.device, tick
+                    )
             except KeyboardInterrupt:
                 raise optuna.TrialPruned from None  # not done: the next run takes it up again
             scores.append(score)
@@ -217,7 +220,7 @@ class Experiment:
         """
         import optuna
 
-        with interruption.noted():
+        with interruption.noted(), interruption.held():
             while self._left("COMPLETE"):
                 optuna.storages.fail_stale_trials(self.study)
                 if self._left("COMPLETE", "RUNNING"):
@@ -225,8 +228,10 @@ class Experiment:
                 else:
                     time.sleep(0.5)  # others are at work; the trial of one that dies becomes stale
                 interruption.heed()
-        for arm in self.plan.arms:
-            if f"cost:{arm}" not in self.study.user_attrs:
-                cost = measure(arm.split("#")[0], self.plan.task, self.plan.device)
-                self.study.set_user_attr(f"cost:{arm}", asdict(cost))
+            for arm in self.plan.arms:
+                if f"cost:{arm}" not in self.study.user_attrs:
+                    with interruption.released():
+                        cost = measure(arm.split("#")[0], self.plan.task, self.plan.device)
+                    self.study.set_user_attr(f"cost:{arm}", asdict(cost))
+            interruption.heed()
         return self.results()
