@@ -82,15 +82,16 @@ def test_rows_of_one_shape_are_cut_anew_by_each_call(reduction, dtype):
     try:
         for threads, cuts in itertools.product((2, 1), ((3, 4), (0, 90), (50, 51), (90, 90))):
             torch.set_num_threads(threads)
-            columns = [torch.randperm(90) + 1 for _ in range(5)]  # without ties
+            columns = [(torch.randperm(90) + 1) / 64 for _ in range(5)]  # without ties
             x = torch.stack(columns, 1).to(dtype).requires_grad_()
             y = tp.segment_pool(x, reduction, offsets=torch.tensor([0, *cuts, 90]))
-            wide = x.detach().float().requires_grad_()
+            wide = x.detach().double().requires_grad_()
             parts = wide.tensor_split(cuts)
-            made = [PLAIN[reduction](p) if len(p) else torch.zeros(5) for p in parts]
+            nothing = torch.zeros(5, dtype=torch.float64)
+            made = [PLAIN[reduction](p) if len(p) else nothing for p in parts]
             torch.testing.assert_close(y, torch.stack(made).to(dtype))
             slopes = torch.randn(3, 5).to(dtype)
-            (wanted,) = torch.autograd.grad(torch.stack(made), wide, slopes.float())
+            (wanted,) = torch.autograd.grad(torch.stack(made), wide, slopes.double())
             (gx,) = torch.autograd.grad(y, x, slopes)
             torch.testing.assert_close(gx, wanted.to(dtype))
     finally:

@@ -222,7 +222,7 @@ def ready(
     """The values of all windows, as a function of tensors like the given one: same shape, strides
     and dtype. What does not depend on the elements is worked out once. None where that is not
     worth it."""
-    if not _can_be_ready(like, reduction, axes):
+    if not _can_be_ready(like, axes):
         return None
     if not formulas.is_merged(reduction):
         formula = _ReadyFormula(like, reduction, axes, False)
@@ -251,19 +251,18 @@ def ready(
     return call
 
 
-def _can_be_ready(like: Tensor, reduction: Selection | Accumulation, axes: Sequence[Axis]) -> bool:
-    """Whether there is something to do, on dense memory, with nothing to be worked out again."""
+def _can_be_ready(like: Tensor, axes: Sequence[Axis]) -> bool:
+    """Whether there is something to do, on dense memory."""
     if not like.numel() or not all(axis.out_size for axis in axes):
         return False
-    is_dense = layout.is_channels_last(like) or like.is_contiguous()
-    return is_dense and (formulas.is_merged(reduction) or not reduction.linear)  # type: ignore[union-attr]
+    return layout.is_channels_last(like) or like.is_contiguous()
 
 
 def ready_to_train(
     like: Tensor, reduction: Selection | Accumulation, axes: Sequence[Axis]
 ) -> Training | None:
     """As `ready`, of both passes."""
-    if not like.dtype.is_floating_point or not _can_be_ready(like, reduction, axes):
+    if not like.dtype.is_floating_point or not _can_be_ready(like, axes):
         return None
     if isinstance(reduction, Selection):
         return _select_ready(like, reduction, axes)
@@ -333,7 +332,7 @@ def _spread_ready(
 
 
 class _ReadyFormula:
-    """Both passes of a formula without tensors.
+    """Both passes of one of this library's formulas, without tensors.
 
     Args:
         like: what it is done with tensors like.

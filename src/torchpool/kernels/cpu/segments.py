@@ -197,23 +197,17 @@ def _runs(team: int, *case: Any) -> _Runs:
     return _Runs(*case)
 
 
-def _is_served(reduction: Any) -> bool:
-    kind: Any = type(reduction)
-    if isinstance(reduction, Selection):
-        return kind.key is Selection.key
-    return formulas.is_merged(reduction) or not (reduction.linear or formulas.why_not(kind))
-
-
 def over_runs(like: Tensor, reduction: Any, dim: int, table: Any, save: bool) -> Training | None:
     """Both passes over runs of rows, as functions of contiguous tensors like this one.
 
     Args:
+        reduction: one of this library's, without tensors.
         dim: the axis of the rows.
         table: int64 (N or 1, M, 3): first row, number of rows, 0; N of the axes before dim together
             or of the first of them.
         save: whether there will be a backward pass.
     """
-    if like.dtype not in _FLOATS or like.shape[dim] >= 1 << 31 or not _is_served(reduction):
+    if like.dtype not in _FLOATS or like.shape[dim] >= 1 << 31:
         return None
     rows = torch.from_numpy(table)
     case = like.shape, like.dtype, dim, rows.shape, reduction, save
