@@ -333,7 +333,7 @@ def decay(q: Scalar, d: Scalar) -> Scalar:
 
 def decay_less_one(q: Scalar, d: Scalar) -> Scalar:
     """(e^(q d) - 1) / q: precise for tiny q, where it is d."""
-    return expm1(q * d) / q
+    return expm1(q * d) * (1.0 / q)
 
 
 def tapered(e: Scalar, d: Scalar) -> Scalar:
@@ -353,6 +353,14 @@ def log_mean(s0: Scalar, s1: Scalar, n: Scalar) -> Scalar:
         log1p(where(s0 > 0.5 * n, s1 / n, 0.0)),
         log(where(s0 > 0.0, s0 / n, 1.0 + 0.0 * s0)),
     )
+
+
+def log_mean_at_once(s0: Scalar, s1: Scalar, n: Scalar) -> Scalar:
+    """`log_mean` by one logarithm: near 1 that of 1 + s1 / n, and what the sum's rounding lost."""
+    near = s0 > 0.5 * n
+    less = where(near, s1 / n, 0.0)
+    mean = where(near, 1.0 + less, where(s0 > 0.0, s0 / n, 1.0 + 0.0 * s0))
+    return log(mean) + where(near, (less - (mean - 1.0)) / mean, 0.0)
 
 
 @dataclass(frozen=True)
@@ -592,7 +600,7 @@ class PowerMean(Accumulation):
     def lift(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
         z, q = floored(x, GEM_FLOOR), strength(p)
         e = power(z, side(p) * a, q * side(p))
-        return e, power_less_one(z, side(p) * a, q * side(p)) / q
+        return e, power_less_one(z, side(p) * a, q * side(p)) * (1.0 / q)
 
     @staticmethod
     def lift_dx(x: Scalar, a: Scalar, p: Scalar) -> Scalars:

@@ -130,6 +130,7 @@ def _compile(single: bool) -> Any:
 def _table(exponent: int, single: bool) -> dict[Any, Any]:
     """What replaces the functions that formulas are written with."""
     table, wrap = dict(_TABLE), _compile(single)
+    table[reductions.log_mean] = reductions.rebind(reductions.log_mean_at_once, table, wrap)
     special = reductions.WHOLE_POWERS.get(exponent, {})
     table |= {general: reductions.rebind(f, table, wrap) for general, f in special.items()}
     if special:

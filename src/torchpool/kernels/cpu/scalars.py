@@ -19,6 +19,7 @@ from torchpool.kernels.cpu.parts import APART, INNER, inlined
 from torchpool.kernels.cpu.simd import (
     Vector,
     choose,
+    fused,
     later_max,
     later_min,
     load_as,
@@ -315,11 +316,13 @@ def _reduced(t):
     """exp(t) - 1 of the remainder of t modulo log 2, and the exponent as two powers of two."""
     t = where(t < _LEAST, _LEAST, t)
     t = where(t > _MOST, _MOST, t)
-    z = t * _LOG2E + _MAGIC
+    z = fused(t, _LOG2E, _MAGIC)
     n = z - _MAGIC
-    r = (t - n * _LN2_HIGH) - n * _LN2_LOW
-    q = ((((r * _E[0] + _E[1]) * r + _E[2]) * r + _E[3]) * r + _E[4]) * r + _E[5]
-    m = q * r * r + r
+    r = fused(n, -_LN2_LOW, fused(n, -_LN2_HIGH, t))
+    square = r * r  # terms in pairs, so that few wait for one another
+    q = fused(fused(r, _E[0], _E[1]), square, fused(r, _E[2], _E[3]))
+    q = fused(q, square, fused(r, _E[4], _E[5]))
+    m = fused(q, square, r)
     k = bits_of(z) - 0x4B400000
     low = k >> 1
     return m, float_of((low + 127) << 23), float_of((k - low + 127) << 23)
@@ -336,7 +339,7 @@ def _exp(x):
 
         def polynomial(x):
             m, first, second = _reduced(x)
-            return (m * first + first) * second
+            return fused(m, first, first) * second
 
         return polynomial
     return _by_lane(lambda x: math.exp(x)) if isinstance(x, Vector) else lambda x: math.exp(x)
@@ -353,7 +356,7 @@ def _expm1(x):
 
         def polynomial(x):
             m, first, second = _reduced(x)
-            return (m * first) * second + (first * second - _ONE)
+            return fused(m * first, second, fused(first, second, -_ONE))
 
         return polynomial
     return _by_lane(lambda x: math.expm1(x)) if isinstance(x, Vector) else lambda x: math.expm1(x)
@@ -365,12 +368,14 @@ def _log_normal(x):
     bits = bits_of(x)
     e = (bits - 0x3F3504F3) >> 23
     f = float_of(bits - (e << 23)) - _ONE
-    q = f * _L[0] + _L[1]
-    q = ((((((q * f + _L[2]) * f + _L[3]) * f + _L[4]) * f + _L[5]) * f + _L[6]) * f + _L[7]) * f
-    q = q + _L[8]
-    square = f * f
+    square = f * f  # terms in pairs, so that few wait for one another
+    q = fused(square, _L[0], fused(f, _L[1], _L[2]))
+    q = fused(q, square, fused(f, _L[3], _L[4]))
+    q = fused(q, square, fused(f, _L[5], _L[6]))
+    q = fused(q, square, fused(f, _L[7], _L[8]))
     n = float_from(e, f)
-    return (f + (q * f * square + n * _LN2_LOW - square * _HALF)) + n * _LN2_HIGH
+    low = fused(q * f, square, n * _LN2_LOW) - square * _HALF
+    return fused(n, _LN2_HIGH, f + low)
 
 
 def float_from(number: Any, like: Any) -> Any:

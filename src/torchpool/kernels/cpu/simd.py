@@ -783,6 +783,30 @@ def _overload_root(vector):
     return lambda vector: _root(vector)
 
 
+@intrinsic
+def _fused(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    out = next((each for each in (a, b, c) if isinstance(each, Vector)), types.float32)
+    name = f"v{out.lanes}f32" if isinstance(out, Vector) else "f32"
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        args = [
+            context.cast(builder, *each, out) for each in zip(args, signature.args, strict=True)
+        ]
+        return _intrinsic_of(builder, f"llvm.fmuladd.{name}", args[0].type, args)
+
+    return out(a, b, c), build
+
+
+def fused(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c in float32, rounded once where the processor has an instruction for that."""
+    raise NotImplementedError
+
+
+@inlined(fused)
+def _overload_fused(a, b, c):
+    return lambda a, b, c: _fused(a, b, c)
+
+
 def _both(a: Any, b: Any) -> Vector | None:
     """The vector type that two operands meet in."""
     if isinstance(a, Vector) and isinstance(b, Vector):
