@@ -419,7 +419,8 @@ def _so_far(array, at, count, like):
 
 @njit(**INNER)
 def send_run(tag, x, weights, params, p, gx, gw, at, length, shares, inner, is_fresh):
-    """What a window sends to `length` elements side by side; fresh ones have got nothing yet."""
+    """What a window sends to `length` elements side by side; fresh ones have got nothing yet.
+    An `inner` of 1 says that shares and parameters are the same for every vector."""
     like = splat(gx, 0)
     for k in range(0, length, width(like)):
         left, c = length - k, k if inner > 1 else 0
@@ -445,10 +446,16 @@ def repeat(out, at, period, length):
 
 
 @njit(**INNER)
+def fills_lanes(x, inner):
+    """Whether the inner elements of several positions fill a vector."""
+    return width(x) % inner == 0
+
+
+@njit(**INNER)
 def send_taps(tag, x, weights, params, p, gx, gw, at, taps, step, shares, inner, is_fresh):
     """What a window sends to `taps` of its taps, of which the first begins at element `at`."""
-    if inner == 1 and step == 1:
-        send_run(tag, x, weights, params, p, gx, gw, at, taps, shares, inner, is_fresh)
+    if step == 1 and fills_lanes(gx, inner):
+        send_run(tag, x, weights, params, p, gx, gw, at, taps * inner, shares, 1, is_fresh)
         return
     if x is None and is_fresh and step == 1 and taps > 1:
         send_run(tag, x, weights, params, p, gx, gw, at, inner, shares, inner, is_fresh)
@@ -501,10 +508,11 @@ def lay_shares(tag, shares, g, state, row, windows, begin, end, inner, counts, p
 
 
 @njit(**INNER)
-def widen(wide, shares, i):
-    """The share of one output in all lanes."""
+def widen(wide, shares, at, inner):
+    """The shares of a window's inner elements, again and again in all lanes."""
     for k in range(wide.shape[0]):
-        store(wide[k], 0, splat_as(splat(wide, 0), shares[k, i]))
+        for i in range(wide.shape[1]):
+            wide[k, i] = shares[k, at + i % inner]
 
 
 @njit(**JIT)
@@ -548,8 +556,8 @@ def backward(begin, end, tag, g, x, weights, params, state, gx, gw, table, size,
                 lay_shares(tag, shares, g, state, plane * outs * inner, windows, o, known,
                            inner, counts, pad, fixed, p, params)  # fmt: skip
             sent = shares
-            if inner == 1:
-                widen(wide, shares, o - laid)
+            if fills_lanes(gx, inner):
+                widen(wide, shares, (o - laid) * inner, inner)
                 sent = wide
             done = send_window(tag, x, weights, params, p, gx, gw, base, (first, count), low, high,
                                done, step, sent, inner)  # fmt: skip
