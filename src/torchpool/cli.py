@@ -26,7 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+# Tables that go to a file or a pipe are not squeezed into the 80 columns of an unknown terminal.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 errors = Console(stderr=True)
 SAVED = ("saved_bytes", "torch_saved_bytes")
 DEFAULT_REDUCTIONS = "max,min,mean,lp,powermean,logmeanexp,softmaxmean,std"

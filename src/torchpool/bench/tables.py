@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -68,7 +69,8 @@ def _new(group: str, columns: Sequence[str]) -> Table:
 
 def _name(result: Result) -> str:
     short = {"contiguous": "NC...", "channels_last": "N...C"}
-    parts = [result.name, short.get(str(result.about.get("layout")), "")]
+    name = result.name.replace(", learnable=False", "")
+    parts = [name, short.get(str(result.about.get("layout")), "")]
     if result.group == "small":
         parts += [str(result.about["op"]), "with grad" if result.about["grad"] else ""]
     return " ".join(filter(None, parts))
@@ -81,7 +83,11 @@ def milliseconds(seconds: float) -> str:
 
 
 def _race(group: str, results: Sequence[Result]) -> Table:
-    rivals = list(dict.fromkeys(n for r in results for n in r.outcomes if not _is_own(n)))
+    present = (n for r in results for n, o in r.outcomes.items() if o.status != "absent")
+    rivals: dict[str, dict[str, None]] = {}
+    for name in present:
+        if not _is_own(name):
+            rivals.setdefault(name.split(": ")[0], {})[name] = None
     table = _new(group, [OURS, "of a copy", *rivals])
     for result in results:
         share = result.ratio(COPY)
@@ -90,12 +96,22 @@ def _race(group: str, results: Sequence[Result]) -> Table:
             _name(result),
             milliseconds(ours.seconds) if ours.is_ok else Text(ours.status, "bold red"),
             "" if share is None else f"{share:.0%}",
-            *(_ratio(result, name) for name in rivals),
+            *(_ratio(result, _quickest(result, names)) for names in rivals.values()),
         )
     table.caption = (
         "A number is how many times as long as torchpool a peer takes: below 1.00 torchpool loses."
     )
     return table
+
+
+def _quickest(result: Result, names: Iterable[str]) -> str:
+    """Of a peer's several ways the one that took the least time for a row."""
+
+    def seconds(name: str) -> float:
+        outcome = result.outcomes.get(name)
+        return outcome.seconds if outcome is not None and outcome.is_ok else math.inf
+
+    return min(names, key=seconds)
 
 
 def _is_own(name: str) -> bool:
