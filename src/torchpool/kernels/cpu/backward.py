@@ -41,7 +41,7 @@ from torchpool.kernels.cpu.lines import (
     split,
     taps_of,
 )
-from torchpool.kernels.cpu.parts import APART, INNER, JIT, inlined
+from torchpool.kernels.cpu.parts import APART, COPYING, INNER, JIT, inlined
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, STRIDE
 from torchpool.kernels.cpu.scalars import Total, empty_buffer
 from torchpool.kernels.cpu.simd import (
@@ -635,6 +635,46 @@ def rest_of(geo, lead, column):
     return rest
 
 
+@njit(**INNER)
+def bands_of(geo, tab, band):
+    """The leading axis of a plane, how many bands it is cut into, and how many rows of outputs
+    cover a band at most."""
+    lead = lead_axis(geo)
+    bands = -(-geo[lead, SIZE] // band)
+    most = np.int64(0)
+    for b in range(bands):
+        low, high = outputs_of(geo, tab, lead, b * band, min((b + 1) * band, geo[lead, SIZE]))
+        most = max(most, high - low)
+    return lead, bands, most * rest_of(geo, lead, OUT)
+
+
+@njit(**COPYING)
+def place_room(geo, tab, inner):
+    """Room for where shares lie: the rows that send to a row, the offsets of their taps, the taps
+    of each residue, what sends to a position; and two counters of lines."""
+    covers = most_covers(geo, tab)
+    taps = np.empty((max(1, geo[3, STRIDE]), 1 + 2 * most_sources(geo)), np.int64)
+    if geo[3, STRIDE] > 0 and inner == 1:
+        sources(geo, taps)
+    hits = np.empty((2, max(1, covers * most_at(geo, tab, 3))), np.int64)
+    rows, bases = np.empty(covers, np.int64), np.empty(covers, np.int64)
+    return rows, bases, taps, hits, np.zeros(3, np.int64), np.zeros(3, np.int64)
+
+
+@njit(**COPYING)
+def number_room(gx, slots, size, outs, period, most, counted):
+    """Room for numbers: the shares, the parameters of a row and of its outputs, the share of one
+    output in all lanes, a row of gradients, and `counted` divisors."""
+    lanes = width(gx)
+    number = empty_buffer(gx, 0).dtype.type
+    shares = np.zeros((slots, most + 128), number)
+    if slots > 1:
+        shares[slots - 1, :] = -np.inf
+    p, p_out = np.zeros(period + lanes, number), np.zeros(outs + lanes, number)
+    wide, row = np.zeros((slots, lanes), number), np.zeros(2 * size + 4 * lanes, number)
+    return shares, p, p_out, wide, row, np.ones(counted, number)
+
+
 @njit(**JIT)
 def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, tab, inner, channels,
              planes_each, band, column, fixed):  # fmt: skip
@@ -648,34 +688,17 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
     """
     geo, tab = constants(geo), constants(tab)
     size, outs = geo[3, SIZE] * inner, geo[3, OUT] * inner
-    lanes = width(gx)
-    number = empty_buffer(gx, 0).dtype.type
-    lead = lead_axis(geo)
-    bands = -(-geo[lead, SIZE] // band)
-    most = np.int64(0)
-    for b in range(bands):
-        low, high = outputs_of(geo, tab, lead, b * band, min((b + 1) * band, geo[lead, SIZE]))
-        most = max(most, high - low)
+    lead, bands, most = bands_of(geo, tab, band)
     each = rest_of(geo, lead, OUT)
     before = 0 if inner > 1 else (geo[3, KERNEL] + 1) * geo[3, DILATION]
     room = before + outs + before + 128
-    shares = np.empty((num_shares(tag), most * each * room + 128), number)
-    shares[:] = 0
-    if shares.shape[0] > 1:
-        shares[shares.shape[0] - 1, :] = -np.inf
-    codes = empty_codes(state, tag, most * each * room + 128)
-    covers = most_covers(geo, tab)
-    rows, bases = np.empty(covers, np.int64), np.empty(covers, np.int64)
-    taps = np.empty((max(1, geo[3, STRIDE]), 1 + 2 * most_sources(geo)), np.int64)
-    if geo[3, STRIDE] > 0 and inner == 1:
-        sources(geo, taps)
-    o, i = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    p = np.zeros((inner if params is None else size) + lanes, number)
-    p_out = np.zeros(outs + lanes, number)
-    wide = np.zeros((num_shares(tag), lanes), number)
-    row = np.zeros(2 * geo[3, SIZE] + 4 * lanes, number)
-    hits = np.empty((2, max(1, covers * most_at(geo, tab, 3))), np.int64)
-    counts = np.ones(outs + lanes if column >= 0 else 0, number)
+    rows, bases, taps, hits, o, i = place_room(geo, tab, inner)
+    shares, p, p_out, wide, row, counts = number_room(
+        gx, num_shares(tag), geo[3, SIZE], outs, inner if params is None else size, most * room,
+        outs + width(gx) if column >= 0 else 0,
+    )  # fmt: skip
+    codes = empty_codes(state, tag, most * room + 128)
+    number = shares.dtype.type
     if column >= 0:
         count_row(counts, geo, tab, inner, column, fixed)
     plane_outs = geo[0, OUT] * geo[1, OUT] * geo[2, OUT]
