@@ -156,6 +156,32 @@ def test_functional_transforms(reduction):
     torch.testing.assert_close(torch.autograd.grad(loss(leaf), leaf)[0], each[0])
 
 
+BATCHED = {
+    **{str(r): lambda t, r=r: tp.pool(t, r, tp.Window(3, 2, 1)) for r in REDUCTIONS},
+    "learned": tp.nn.Pool(tp.SoftmaxMean(1.0, learnable=True), tp.Window(3, 2, 1)),
+    "channels last": lambda t: tp.max_pool2d(t.contiguous(memory_format=torch.channels_last), 2),
+    "segments": lambda t: tp.segment_pool(t[0], tp.Std(), dim=1, offsets=torch.tensor([0, 3, 7])),
+    "lengths": lambda t: tp.pool(
+        t[0], tp.Max(), tp.Global(), lengths=torch.tensor([3, 7, 0]), dims=1
+    ),
+    "unpooling": lambda t: tp.max_unpool2d(*tp.max_pool2d(t, 2, return_indices=True), 2),
+}
+
+
+@pytest.mark.parametrize("run", BATCHED.values(), ids=BATCHED)
+def test_batches_of_gradients(run):
+    """`is_grads_batched`, on which torch's own vectorised Jacobians and Hessians stand."""
+    x = torch.randn(1, 3, 7, 8, dtype=torch.float64, requires_grad=True)
+    y = run(x)
+    upstream = torch.randn(4, *y.shape, dtype=torch.float64)
+    (batch,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in upstream]
+    assert torch.equal(batch, torch.stack(each))
+    cubes = lambda t: run(t).pow(3).sum()  # noqa: E731
+    hessian = torch.autograd.functional.hessian
+    torch.testing.assert_close(hessian(cubes, x, vectorize=True), hessian(cubes, x))
+
+
 def _along(transform, gradient, upstream, direction):
     """The directional derivative of a gradient by what comes from above."""
     if transform == "torch.func.jvp":

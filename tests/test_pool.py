@@ -472,6 +472,9 @@ BAD = [
     (lambda x: tp.pool(x, tp.Max(), 2), TypeError, "windows=2"),
     (lambda x: tp.pool(x.numpy(), tp.Max(), tp.Window(2)), TypeError, "Tensor"),
     (lambda x: tp.pool(x.to(torch.complex64), tp.Max(), tp.Window(2)), TypeError, "complex64"),
+    (lambda x: tp.pool(x.to_sparse(), tp.Max(), tp.Window(2)), TypeError, "sparse_coo.*to_dense"),
+    (lambda x: tp.max_pool2d(x.to_sparse(), 2), TypeError, "sparse_coo.*to_dense"),
+    (lambda x: tp.pool(x.to_mkldnn(), tp.Std(), tp.Window(2)), TypeError, "mkldnn.*to_dense"),
     (
         lambda x: tp.pool(x, tp.Mean(), tp.Window(2), return_indices=True),
         ValueError,

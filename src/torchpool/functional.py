@@ -587,6 +587,8 @@ def _check_types(x: Any, reduction: Any, windows: Any) -> None:
         raise TypeError(
             f"x has dtype {x.dtype}, which cannot be pooled; pool its parts or convert it first"
         )
+    if x.layout not in (torch.strided, torch.jagged):
+        raise TypeError(f"x has the layout {x.layout}; pool x.to_dense()")
 
 
 def _pooled_axes(x: Tensor, windows: Windows, dims: Any) -> tuple[int, ...]:

@@ -343,7 +343,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    return not any(type(t) not in _PLAIN or t.is_neg() for t in tensors if t is not None)
+    return all(t is None or _is_memory(t) for t in tensors)
+
+
+def _is_memory(t: Tensor) -> bool:
+    """Whether a tensor's elements lie in memory as they are: not those of a batch of gradients,
+    which `torch.autograd.grad` makes with is_grads_batched."""
+    return type(t) in _PLAIN and torch._C._has_storage(t) and not t.is_neg()
 
 
 def is_watched(*tensors: Tensor | None) -> bool:
