@@ -315,6 +315,9 @@ def test_rows_that_are_measured_again_take_the_place_of_earlier_ones():
         ("third", 3e-3),
     ]
     assert made.about == later.about | {"earlier": earlier.about["date"]}
+    rows = [Result("memory", "Max", {"layout": "contiguous", "saved_bytes": n}) for n in (7, 9)]
+    both = [report.report([row], settings) for row in rows]
+    assert report.updated(*both).results == [rows[1]]
     other = report.Report(later.results, later.about | {"threads": 1})
     with pytest.raises(ValueError, match="--update: threads was 2 and is 1"):
         report.updated(earlier, other)

@@ -143,8 +143,13 @@ def updated(earlier: Report, later: Report) -> Report:
     return Report(list(rows.values()), {**later.about, "earlier": earlier.about["date"]})
 
 
+MEASURED = ("_s", "_bytes")
+"""How the names of those facts about a row end that are figures of the run."""
+
+
 def _identity(result: Result) -> str:
-    return json.dumps([result.group, result.name, result.about])
+    about = {name: fact for name, fact in result.about.items() if not name.endswith(MEASURED)}
+    return json.dumps([result.group, result.name, about])
 
 
 def write(made: Report, path: Path) -> None:
