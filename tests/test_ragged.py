@@ -569,3 +569,27 @@ def test_a_recorded_graph_takes_any_mask(mode):
     for call in (layer, lambda t, m: tp.pool(t, tp.Mean(), tp.Global(), mask=m[:, None])):
         graph = make_fx(call, tracing_mode=mode)(x, first)
         torch.testing.assert_close(graph(x, other), call(x, other))
+
+
+@pytest.mark.parametrize("windows", [tp.Global(), tp.Window(3), tp.Window(3, dilation=2)], ids=str)
+@pytest.mark.parametrize("channels", [2, 4, 8, 16, 32])
+def test_channels_do_not_meet(windows, channels):
+    """Several positions share a vector where channels are few; each channel has its gradient alone,
+    with a parameter of its own."""
+    generator = torch.Generator().manual_seed(channels)
+    x, w = (torch.rand(2, 11, channels, generator=generator) + 0.1 for _ in range(2))
+    beta, lengths = torch.linspace(-2, 3, channels), torch.tensor([4, 11])
+
+    def gradients(x, w, beta):
+        leaves = [t.clone().requires_grad_() for t in (x, w, beta)]
+        pool = tp.SoftmaxMean(leaves[2])
+        options = {"lengths": lengths, "weights": leaves[1], "dims": 1}
+        y = tp.pool(leaves[0], pool, windows, **options)
+        y = y if isinstance(windows, tp.Global) else y[0]
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    together = gradients(x, w, beta)
+    each = [gradients(x[..., c : c + 1], w[..., c : c + 1], beta[c]) for c in range(channels)]
+    for all_, *alone in zip(together, *each, strict=True):
+        alone = [t.reshape(*all_.shape[:-1], 1) for t in alone]
+        torch.testing.assert_close(all_, torch.cat(alone, -1), rtol=1e-5, atol=1e-6)

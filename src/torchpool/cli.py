@@ -26,8 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# Tables that go to a file or a pipe are not squeezed into the 80 columns of an unknown terminal.
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+console = Console()
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 140  # a file or a pipe has no columns: tables are not squeezed into 80
 errors = Console(stderr=True)
 SAVED = ("saved_bytes", "torch_saved_bytes")
 DEFAULT_REDUCTIONS = "max,min,mean,lp,powermean,logmeanexp,softmaxmean,std"
