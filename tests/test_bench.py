@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ctrl_c import press_and_lose
+from rich.console import Console
 from torch import nn
 
 import torchpool as tp
@@ -321,6 +323,26 @@ def test_rows_that_are_measured_again_take_the_place_of_earlier_ones():
     other = report.Report(later.results, later.about | {"threads": 1})
     with pytest.raises(ValueError, match="--update: threads was 2 and is 1"):
         report.updated(earlier, other)
+
+
+def test_tables_fit_the_terminal():
+    times = {peer: 1 + i / 8 for i, peer in enumerate(("torchpool", "copy", *peers.PEERS))}
+    results = [_result("forward", "a_name_of_28_characters_long", **times)]
+    results.append(_result("formulas", "Lp", **{"torchpool": 2, "torch: a": 8, "torch: b": 6}))
+    first = {}
+    for width in (80, 140):
+        console = Console(width=width, record=True, file=io.StringIO())
+        for table in tables.tables(report.Report(results, {})):
+            console.print(table)
+        lines = console.export_text().splitlines()
+        (first[width],) = (line for line in lines if line.startswith("│ a_name_of_28"))
+        assert max(map(len, lines)) <= width
+        (formula,) = (line for line in lines if line.startswith("│ Lp"))
+        assert "3.00" in formula
+        assert "4.00" not in formula
+    assert "a_name_of_28_characters_long" in first[80]
+    assert first[80].split()[-4:] == ["1.25", "│", "torch", "│"]
+    assert first[140].count("│") == 4 + len(peers.PEERS)
 
 
 def test_the_command_measures_writes_and_shows(tmp_path: Path, bench: Bench):

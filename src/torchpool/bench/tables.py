@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -31,7 +33,7 @@ BASES = {"half": "float32", "growth": "k=3", "scaling": "1 thread", "integers": 
 """What the other columns of a series are compared with."""
 
 
-def tables(made: Report) -> Iterator[Table]:
+def tables(made: Report) -> Iterator[Table | _WideOrBrief]:
     """One table per group, and the targets."""
     for group in ALL:
         results = [r for r in made.results if r.group == group]
@@ -82,26 +84,44 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * ms:.1f} us" if ms < 0.1 else f"{ms:.3g} ms" if ms < 100 else f"{ms:,.0f} ms"
 
 
-def _race(group: str, results: Sequence[Result]) -> Table:
+class _WideOrBrief:
+    """A table as wide as it likes where there is room, else a brief one."""
+
+    def __init__(self, wide: Table, brief: Table) -> None:
+        self.wide, self.brief = wide, brief
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = Measurement.get(console, options.update(max_width=1000), self.wide).maximum
+        yield self.wide if needed <= options.max_width else self.brief
+
+
+def _race(group: str, results: Sequence[Result]) -> _WideOrBrief:
     present = (n for r in results for n, o in r.outcomes.items() if o.status != "absent")
     rivals: dict[str, dict[str, None]] = {}
     for name in present:
         if not _is_own(name):
             rivals.setdefault(name.split(": ")[0], {})[name] = None
-    table = _new(group, [OURS, "of a copy", *rivals])
+    wide = _new(group, [OURS, "of a copy", *rivals])
+    brief = _new(group, [OURS, "of a\ncopy", "best\nother", ""])
+    brief.columns[-1].justify = "left"
     for result in results:
         share = result.ratio(COPY)
         ours = result.outcomes[OURS]
-        table.add_row(
+        best = result.best_peer
+        first = (
             _name(result),
             milliseconds(ours.seconds) if ours.is_ok else Text(ours.status, "bold red"),
             "" if share is None else f"{share:.0%}",
-            *(_ratio(result, _quickest(result, names)) for names in rivals.values()),
         )
-    table.caption = (
-        "A number is how many times as long as torchpool a peer takes: below 1.00 torchpool loses."
-    )
-    return table
+        ratios = (_ratio(result, _quickest(result, names)) for names in rivals.values())
+        wide.add_row(*first, *ratios)
+        brief.add_row(*first, *(("-", "") if best is None else (_ratio(result, best), best)))
+    for table in (wide, brief):
+        table.caption = (
+            "A number is how many times as long as torchpool a peer takes: "
+            "below 1.00 torchpool loses."
+        )
+    return _WideOrBrief(wide, brief)
 
 
 def _quickest(result: Result, names: Iterable[str]) -> str:
