@@ -412,6 +412,8 @@ def deaf():
         (["--from", "missing.json"], "--from missing.json cannot be read"),
         (["--update", "--out", "missing.json"], "--update missing.json cannot be read"),
         (["--from", "mymodel.py"], "is not a report"),
+        (["--from", "some.json", "--update"], "--update is about measuring"),
+        (["--from", "some.json", "--group", "forward"], "--group is about measuring"),
         (["--model", "mymodel"], "MODULE:FACTORY"),
         (["--model", "mymodel:build", "--input", "1,4,9,9"], "the model does not take it"),
         (["--model", "mymodel:deaf", "--input", "1,3,9,9"], "nothing that has a gradient"),

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpool import Lp, Max, Mean, Min, PowerMean, SoftmaxMean, Sum, Window, pool
 from torchpool.kernels import cpu, layout, reference
-from torchpool.kernels.cpu import formulas, parts, shares, simd, threads
+from torchpool.kernels.cpu import formulas, parts, scalars, shares, simd, threads
 from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.plan import COLUMNS, Plan
 from torchpool.reductions import Accumulation
@@ -426,6 +426,28 @@ class Cubes(Accumulation):
     @staticmethod
     def finish_grad(s, n, a, p):  # type: ignore[no-untyped-def]
         return (1.0 / n,), -s[0] / n / n, 0.0
+
+
+@njit(**{**parts.JIT, "cache": False})
+def _elementary(x, exponentials, less_one, logarithms):
+    for i in range(0, x.size, simd.width(x)):
+        v = simd.load(x, i)
+        simd.store(exponentials, i, scalars.exp(v))
+        simd.store(less_one, i, scalars.expm1(v))
+        simd.store(logarithms, i, scalars.log(abs(v)))
+
+
+def test_elementary_functions_are_as_precise_as_float32():
+    """In units of the last place, against float64."""
+    every = np.concatenate([np.linspace(-87, 88, 1 << 18), np.logspace(-30, 1.9, 1 << 16)])
+    x = np.concatenate([every, -every[1 << 18 :]]).astype(np.float32)
+    made = [np.empty_like(x) for _ in range(3)]
+    parts.raising(_elementary)(x, *made)
+    wide = x.astype(np.float64)
+    exact = np.exp(wide), np.expm1(wide), np.log(np.abs(wide))
+    for found, right, most in zip(made, exact, (1.1, 1.6, 0.9), strict=True):
+        unit = np.spacing(np.abs(right).astype(np.float32)).astype(np.float64)
+        assert (np.abs(found - right) / unit).max() < most
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -523,6 +523,13 @@ def bench(
         return
     from torchpool.bench import report, tables
 
+    measuring = {
+        "--update": update, "--group": group, "--filter": filter, "--quick": quick,
+        "--peers": peers, "--threads": threads,
+    }  # fmt: skip
+    for option, given in measuring.items():
+        if saved is not None and given:
+            raise ValueError(f"{option} is about measuring; --from shows a run that was measured")
     if saved is None:
         threads = threads or torch.get_num_threads()
         if out is None and (update or not (group or filter or quick or peers)):

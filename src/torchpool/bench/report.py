@@ -143,12 +143,12 @@ def updated(earlier: Report, later: Report) -> Report:
     return Report(list(rows.values()), {**later.about, "earlier": earlier.about["date"]})
 
 
-MEASURED = ("_s", "_bytes")
+_MEASURED = ("_s", "_bytes")
 """How the names of those facts about a row end that are figures of the run."""
 
 
 def _identity(result: Result) -> str:
-    about = {name: fact for name, fact in result.about.items() if not name.endswith(MEASURED)}
+    about = {name: fact for name, fact in result.about.items() if not name.endswith(_MEASURED)}
     return json.dumps([result.group, result.name, about])
 
 
