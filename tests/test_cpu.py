@@ -19,7 +19,18 @@ from numba import njit
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchpool import Lp, Max, Mean, Min, PowerMean, SoftmaxMean, Sum, Window, pool
+from torchpool import (
+    LogMeanExp,
+    Lp,
+    Max,
+    Mean,
+    Min,
+    PowerMean,
+    SoftmaxMean,
+    Sum,
+    Window,
+    pool,
+)
 from torchpool.kernels import cpu, layout, reference
 from torchpool.kernels.cpu import formulas, parts, scalars, shares, simd, threads
 from torchpool.kernels.cpu import plan as plans
@@ -494,6 +505,70 @@ def test_whole_exponents(kind: Any, exponent: float, channels_last: bool) -> Non
         torch.testing.assert_close(whole, general, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+SHARED = [Lp(3.0), PowerMean(-1.5), LogMeanExp(1.0), SoftmaxMean(-2.0)]
+OVERLAPPING: list[tuple[tuple[int, ...], Windows]] = [
+    ((2, 19, 9, 13), Window(3, 2, 1)),
+    ((1, 3, 7, 35), Window((2, 5), (1, 3), ((0, 1), (2, 2)))),  # the last elements have no window
+    ((1, 2, 5, 6, 7), Window(3, 1, 1, (1, 2, 1), True)),
+    ((3, 2, 40), Window(4, 1)),
+]
+
+
+def with_outliers(shape: tuple[int, ...]) -> torch.Tensor:
+    """Usual numbers, but for one huge row, a tiny one, zeros, NaN and a few large ones."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(8))
+    rows = x.reshape(-1, shape[-1])
+    rows[1], rows[2], rows[5] = rows[1] * 3e30, rows[2] * 1e-30 - 70, 0.0
+    rows[-1, 3], rows[-2, 4], rows[-3, 6] = math.nan, 50.0, -50.0
+    return x
+
+
+@pytest.mark.parametrize("reduction", SHARED, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_overlapping_windows_share_what_elements_are_lifted_to(
+    reduction: Accumulation, channels_last: bool
+) -> None:
+    p = torch.tensor([reduction.value])
+    neutral = float(type(reduction).neutral(reduction.value))
+    needs, nothing = [True, False, False], (None, None, p)
+    for shape, windows in OVERLAPPING:
+        axes, taps = windows.axes(shape[2:]), positions(windows, shape[2:])
+        usual = torch.randn(shape, generator=torch.Generator().manual_seed(7)).abs() + 0.1
+        unusual = with_outliers(shape)
+        if isinstance(reduction, PowerMean):  # in which a negative element is a tiny one
+            unusual = unusual.abs()
+        for x, is_usual in ((usual, True), (unusual, False)):
+            x = layout.to_layout(x, channels_last)
+            y, stats = cpu.accumulate(x, *nothing, reduction, axes, True)
+            shared = stats[0] == neutral
+            assert shared.all() if is_usual else shared.any() and not shared.all()
+            name = type(reduction).__name__
+            values, _ = oracle.pool(x.double().numpy(), taps, name, reduction.value)
+            np.testing.assert_allclose(y.numpy(), values, rtol=4e-6, atol=4e-6)
+            grad = layout.to_layout(torch.randn(y.shape), channels_last)
+            case = (reduction, axes, needs, channels_last)
+            wide, exact = x.double(), p.double()
+            _, kept = reference.accumulate(wide, None, None, exact, reduction, axes, True)
+            got = cpu.accumulate_backward(grad, x, *nothing, stats, *case)[0]
+            want = reference.accumulate_backward(
+                grad.double(), wide, None, None, exact, kept, *case
+            )[0]
+            torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=4e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("beta", [0.25, 5.0])
+def test_unusual_parameters_have_anchors_of_their_own(beta: float) -> None:
+    """A small one, for the sake of the derivative by it, which is a difference of large numbers
+    against any other anchor; a large one, whose exponentials are hardly ever usual."""
+    x = 10 + torch.rand((1, 1, 9, 9), generator=torch.Generator().manual_seed(9))
+    axes = Window(3).axes((9, 9))
+    dense = Window(3, 1).axes((9, 9))
+    for kind in (LogMeanExp, SoftmaxMean):
+        for case in (axes, dense):
+            _, stats = cpu.accumulate(x, None, None, torch.tensor([beta]), kind(), case, True)
+            assert (stats[0] >= 10).all()
+
+
 def slope(function: Any, t: torch.Tensor, direction: torch.Tensor) -> float:
     """Directional derivative by central differences."""
     step = 1e-6
@@ -572,7 +647,9 @@ def everything(x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.fixture
 def large() -> torch.Tensor:
-    return torch.randn(2, 8, 65, 67, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(2, 8, 65, 67, generator=torch.Generator().manual_seed(5))
+    x[1, 2, ::9, ::7] = 40.0  # windows that have anchors of their own beside such that share one
+    return x
 
 
 @pytest.fixture

@@ -213,11 +213,20 @@ class Accumulation(Reduction):
     linear: ClassVar[bool] = False
     """Whether y is linear in x, so that the backward pass needs neither x nor sums."""
     num_sums: ClassVar[int] = 1
+    shares: ClassVar[bool] = False
+    """Whether windows may share the anchor `neutral(p)` as long as the sums of the first term, of
+    which an element at the anchor has about 1, are neither tiny nor huge. Overlapping windows then
+    lift each element once."""
 
     @staticmethod
     def key(x: Scalar, p: Scalar) -> Scalar:
         """What the anchor is the largest of."""
         return x
+
+    @staticmethod
+    def neutral(p: Scalar) -> Scalar:
+        """The anchor against which elements of usual size can be lifted."""
+        return 0.0
 
     @staticmethod
     def least(p: Scalar) -> Scalar:
@@ -379,6 +388,7 @@ class SoftmaxMean(Accumulation):
     parameter: ClassVar[str | None] = "beta"
     anchor: ClassVar[str | None] = "max"
     num_sums: ClassVar[int] = 2
+    shares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_parameter(self)
@@ -432,6 +442,7 @@ class LogMeanExp(Accumulation):
     domain: ClassVar[float] = 0.0
     anchor: ClassVar[str | None] = "max"
     num_sums: ClassVar[int] = 2
+    shares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_parameter(self)
@@ -588,6 +599,7 @@ class PowerMean(Accumulation):
     domain: ClassVar[float] = 0.0
     anchor: ClassVar[str | None] = "max"
     num_sums: ClassVar[int] = 2
+    shares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_parameter(self)
@@ -595,6 +607,10 @@ class PowerMean(Accumulation):
     @staticmethod
     def key(x: Scalar, p: Scalar) -> Scalar:
         return side(p) * floored(x, GEM_FLOOR)
+
+    @staticmethod
+    def neutral(p: Scalar) -> Scalar:
+        return side(p)
 
     @staticmethod
     def lift(x: Scalar, a: Scalar, p: Scalar) -> Scalars:
@@ -649,6 +665,7 @@ class Lp(Accumulation):
     parameter: ClassVar[str | None] = "p"
     domain: ClassVar[float] = 0.0
     anchor: ClassVar[str | None] = "max"
+    shares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_parameter(self, 0.0)
@@ -656,6 +673,10 @@ class Lp(Accumulation):
     @staticmethod
     def key(x: Scalar, p: Scalar) -> Scalar:
         return abs(x)
+
+    @staticmethod
+    def neutral(p: Scalar) -> Scalar:
+        return 1.0
 
     @staticmethod
     def lift(x: Scalar, a: Scalar, p: Scalar) -> Scalars:

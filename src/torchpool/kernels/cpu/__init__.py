@@ -23,6 +23,7 @@ from torchpool.kernels.cpu import (
     leaf,
     planes,
     scatter,
+    shared,
     sweep,
     tables,
     threads,
@@ -347,8 +348,7 @@ class _ReadyFormula:
         stats = layout.empty_stats(x, y.shape[2:], reduction, save).flatten()
         self._outs, self._room = (y.shape, y.stride()), (stats.shape, (1,), stats.dtype)
         numbers, plan = parameters(reduction.value, stats.dtype), _plan(x, axes, last)
-        tag, (column, divisor) = formulas.tag(type(reduction), numbers), _divisor(reduction)
-        read = _direct(tag, like.shape[1], column, divisor, plan)
+        read = _formula(reduction, numbers, False, like.shape[1], plan)
         self._there = Prepared(
             read._replace(arguments=lambda kept, x, y: read.arguments(x, y, kept, None, numbers)),
             (stats, x, y),
@@ -356,7 +356,8 @@ class _ReadyFormula:
             _WORK * y.numel() * plan.taps,
         )
         if save:
-            send = _backward(tag, like.shape[1], -1, divisor, plan)
+            tag = formulas.tag(type(reduction), numbers)
+            send = _backward(tag, like.shape[1], -1, _divisor(reduction)[1], plan)
             self._back = Prepared(
                 send._replace(
                     arguments=lambda kept, g, gx, x: send.arguments(g, kept, gx, x, None, numbers)
@@ -424,6 +425,32 @@ def _direct(tag: Any, channels: int, column: int, divisor: float, plan: Plan) ->
         return way, tag, x, weights, params, y, state, *options
 
     return Job(direct.direct, plan.rows_out, arguments)
+
+
+def _formula(reduction: Accumulation, numbers: Any, weighs: bool, channels: int, plan: Plan) -> Job:
+    """The kernel of a reduction's own formulas; its arrays are those of `_direct`.
+
+    Args:
+        numbers: its parameters.
+        weighs: whether there are weights or a mask.
+    """
+    kind: Any = type(reduction)
+    tag = formulas.tag(kind, numbers)
+    if weighs or not (kind.shares and plan.slots and _is_usual(numbers)):
+        return _direct(tag, channels, *_divisor(reduction), plan)
+    way, options = _way(plan), (plan.geo, plan.tab, plan.inner, plan.slots)
+    return Job(
+        shared.shared,
+        plan.rows_out,
+        lambda x, y, state, weights, params: (way, tag, x, params, y, state, *options),
+    )
+
+
+def _is_usual(numbers: Any) -> bool:
+    """Whether there is one parameter, and neither a small one, for which derivatives by it would
+    lose precision without an anchor of their own, nor one for which elements of usual size are
+    not usual."""
+    return numbers.size == 1 and 0.5 <= abs(float(numbers[0])) <= 4
 
 
 def select_backward(
@@ -601,10 +628,9 @@ def _accumulate_formulas(
     plan: Plan,
 ) -> None:
     dtype = layout.compute_dtype(x.dtype)
-    kind: Any = type(reduction)
     last, numbers = plan.channels_last, parameters(params, dtype)
     scale = effective(x.shape, mask, weights, dtype, last)
-    job = _direct(formulas.tag(kind, numbers), x.shape[1], *_divisor(reduction), plan)
+    job = _formula(reduction, numbers, scale is not None, x.shape[1], plan)
     arrays = flat(x, last), flat(y, last), stats.reshape(-1).numpy(), scale, numbers
     do(job, _WORK * y.numel() * plan.taps, arrays)
 

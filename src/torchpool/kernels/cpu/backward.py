@@ -8,7 +8,7 @@ accumulations the derivatives by their sums), then each row of the band gathers 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, types
@@ -28,7 +28,15 @@ from torchpool.kernels.cpu.direct import (
     parameter,
     strided,
 )
-from torchpool.kernels.cpu.formulas import alike, finish_grad, lift, lift_dx, num_sums
+from torchpool.kernels.cpu.formulas import (
+    alike,
+    finish_grad,
+    lift,
+    lift_dx,
+    neutral,
+    num_sums,
+    zeros,
+)
 from torchpool.kernels.cpu.lines import (
     advance,
     count_row,
@@ -45,6 +53,7 @@ from torchpool.kernels.cpu.parts import APART, COPYING, INNER, JIT, inlined
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, STRIDE
 from torchpool.kernels.cpu.scalars import Total, empty_buffer
 from torchpool.kernels.cpu.simd import (
+    any_lane,
     braided_high,
     braided_low,
     choose,
@@ -120,11 +129,13 @@ def _fill_derivatives(tag, shares, codes, at, g, state, row, count, size, counts
         n = load_first(state, (slots + 1) * size + row + i, left)
         v = load_first(g, row + i, left)
         s = kept_sums(tag, Outputs(0, 0), state, row + i, left, size, v)
-        d, dn, _ = finish_grad(tag, s, n, a, parameter(params, p, i, v))
+        q = parameter(params, p, i, v)
+        d, dn, _ = finish_grad(tag, s, n, a, q)
         store_terms(shares, at + i, d, v, left)
         store_first(shares[slots], at + i, dn * v * scale, left)
         store_first(shares[slots + 1], at + i, a, left)
-        store_first(shares[slots + 2], at + i, n, left)
+        store_first(shares[num_shares(tag) - 1], at + i, n, left)
+        note_own(tag, shares, at + i, a, q, left)
 
 
 def store_terms(shares: Any, at: Any, terms: Any, g: Any, count: Any) -> None:
@@ -154,6 +165,45 @@ def _store_terms(shares, at, terms, g, count):
     return (one, two, three, four)[len(terms) - 1]
 
 
+def note_own(tag: Any, shares: Any, at: Any, a: Any, p: Any, count: Any) -> None:
+    """Notes, as 1, which windows have anchors of their own, where some may share theirs."""
+
+
+@inlined(note_own)
+def _note_own(tag, shares, at, a, p, count):
+    if not formulas.is_shared(tag):
+        return lambda tag, shares, at, a, p, count: None
+
+    def note(tag, shares, at, a, p, count):
+        one, none = splat_as(a, 1), splat_as(a, 0)
+        own = choose(a == neutral(tag, p), none, one)
+        store_first(shares[num_sums(tag) + 2], at, own, count)
+
+    return note
+
+
+def shares_some(tag: Any, shares: Any, count: Any, line: Any, first: Any, outs: Any) -> bool:
+    """Whether some window of `count` lines of `outs` windows, from `first` on, has no anchor of its
+    own."""
+    raise NotImplementedError
+
+
+@inlined(shares_some)
+def _shares_some(tag, shares, count, line, first, outs):
+    if not (formulas.is_tag(tag) and formulas.is_shared(tag)):
+        return lambda tag, shares, count, line, first, outs: False
+
+    def look(tag, shares, count, line, first, outs):
+        own = shares[num_sums(tag) + 2]
+        for k in range(count):
+            for i in range(first, first + outs):
+                if own[k * line + i] == 0:
+                    return True
+        return False
+
+    return look
+
+
 def num_shares(tag: Any) -> int:
     """How many numbers make the share of an output, offsets aside."""
     raise NotImplementedError
@@ -161,11 +211,56 @@ def num_shares(tag: Any) -> int:
 
 @inlined(num_shares)
 def _num_shares(tag):
-    count = formulas.sums_of(tag) + 3 if formulas.is_tag(tag) else 1
+    count = 1
+    if formulas.is_tag(tag):
+        count = formulas.sums_of(tag) + (4 if formulas.is_shared(tag) else 3)
     return lambda tag: count
 
 
 # What an output sends to an element ---------------------------------------------------------
+
+
+class Spread(NamedTuple):
+    """A tag: formulas of windows that share the neutral anchor. What they send to an element is
+    added up before it is multiplied by the derivative of what the element is lifted to."""
+
+    formula: Any
+
+
+class Probe(NamedTuple):
+    """A tag: the question whether windows have anchors of their own."""
+
+    formula: Any
+
+
+def none_yet(tag: Any, like: Any) -> Any:
+    """The totals of elements that nothing has been sent to."""
+
+
+@inlined(none_yet)
+def _none_yet(tag, like):
+    if tag.instance_class is Spread:
+        return lambda tag, like: zeros(tag.formula, like)
+    if tag.instance_class is Probe:
+        return lambda tag, like: like
+    return lambda tag, like: (like, like)
+
+
+def settled(tag: Any, total: Any, x: Any, p: Any) -> Any:
+    """The gradients by some elements and by their weights, from the totals."""
+
+
+@inlined(settled)
+def _settled(tag, total, x, p):
+    if tag.instance_class is not Spread:
+        return lambda tag, total, x, p: total
+
+    def by_formula(tag, total, x, p):
+        slopes = lift_dx(tag.formula, x, neutral(tag.formula, p), p)
+        nothing = splat_as(x, 0)  # is sent to elements without a window, of which some may be huge
+        return choose(is_zero(total), nothing, dot(total, slopes)), nothing
+
+    return by_formula
 
 
 def send(
@@ -177,6 +272,14 @@ def send(
 
 @inlined(send)
 def _send(tag, total, shares, codes, at, code, x, weight, p):
+    if tag.instance_class is Spread:
+        return lambda tag, total, shares, codes, at, code, x, weight, p: added(
+            total, load_shares(tag.formula, shares, at, x)
+        )
+    if tag.instance_class is Probe:
+        return lambda tag, total, shares, codes, at, code, x, weight, p: (
+            total + load_as(shares[num_sums(tag.formula) + 2], at, total)
+        )
     if not formulas.is_tag(tag):
         if tag.instance_class is Total:
             return lambda tag, total, shares, codes, at, code, x, weight, p: (
@@ -193,11 +296,44 @@ def _send(tag, total, shares, codes, at, code, x, weight, p):
     def by_formula(tag, total, shares, codes, at, code, x, weight, p):
         slots = num_sums(tag)
         a = load_as(shares[slots + 1], at, x)
-        n = load_as(shares[slots + 2], at, x)
+        n = load_as(shares[num_shares(tag) - 1], at, x)
         sent = dot(load_shares(tag, shares, at, x), lift_dx(tag, x, a, p))
         return tally(tag, total, shares, at, n != alike(-np.inf, n), sent, x, weight, a, p)
 
     return by_formula
+
+
+def is_zero(terms: Any) -> Any:
+    """In which lanes all of a tuple are 0."""
+
+
+@inlined(is_zero)
+def _is_zero(terms):
+    return (
+        lambda terms: terms[0] == 0,
+        lambda terms: (terms[0] == 0) & (terms[1] == 0),
+        lambda terms: (terms[0] == 0) & (terms[1] == 0) & (terms[2] == 0),
+        lambda terms: (terms[0] == 0) & (terms[1] == 0) & (terms[2] == 0) & (terms[3] == 0),
+    )[len(terms) - 1]
+
+
+def added(total: Any, terms: Any) -> Any:
+    """The sums of two tuples."""
+
+
+@inlined(added)
+def _added(total, terms):
+    return (
+        lambda total, terms: (total[0] + terms[0],),
+        lambda total, terms: (total[0] + terms[0], total[1] + terms[1]),
+        lambda total, terms: (total[0] + terms[0], total[1] + terms[1], total[2] + terms[2]),
+        lambda total, terms: (
+            total[0] + terms[0],
+            total[1] + terms[1],
+            total[2] + terms[2],
+            total[3] + terms[3],
+        ),
+    )[len(terms) - 1]
 
 
 def tally(
@@ -270,6 +406,36 @@ def _elements(x, at, stride, count, like):
     return read
 
 
+def gathered(gather: Any, tag: Any, some: Any, weights: Any, arguments: Any) -> Any:
+    """What `gather` gives for a tag: by adding up first where all windows share their anchor, which
+    `some` do at all."""
+
+
+@inlined(gathered)
+def _gathered(gather, tag, some, weights, arguments):
+    if not (formulas.is_tag(tag) and formulas.is_shared(tag) and weights == types.none):
+        return lambda gather, tag, some, weights, arguments: gather(tag, *arguments)
+
+    def perhaps_shared(gather, tag, some, weights, arguments):
+        if not some or is_any(gather(Probe(tag), *arguments)):
+            return gather(tag, *arguments)
+        return gather(Spread(tag), *arguments)
+
+    return perhaps_shared
+
+
+def is_any(found: Any) -> bool:
+    """Whether some lane of a vector, or of two, is not 0."""
+    raise NotImplementedError
+
+
+@inlined(is_any)
+def _is_any(found):
+    if isinstance(found, types.BaseTuple):
+        return lambda found: any_lane((found[0] != 0) | (found[1] != 0))
+    return lambda found: any_lane(found != 0)
+
+
 # Rows ---------------------------------------------------------------------------------------
 
 
@@ -306,7 +472,7 @@ def sources(geo, taps):
 def residue(tag, r, m, size, x, weights, base, rows, bases, found, shares, codes, taps, stride,
             like, p):  # fmt: skip
     """The totals of the elements at `stride * m + r`, and so on."""
-    total = like, like
+    total = none_yet(tag, like)
     at = stride * m + r
     count = (size - at + stride - 1) // stride
     v = elements(x, base + at, stride, count, like)
@@ -316,7 +482,7 @@ def residue(tag, r, m, size, x, weights, base, rows, bases, found, shares, codes
             place = rows[k] + m - taps[r, 2 + 2 * t]
             code = bases[k] + taps[r, 1 + 2 * t]
             total = send(tag, total, shares, codes, place, code, v, w, p)
-    return total
+    return settled(tag, total, v, p)
 
 
 def put_first(array: Any, at: Any, value: Any, count: Any) -> None:
@@ -333,7 +499,7 @@ def _put_first(array, at, value, count):
 @njit(**INNER)
 def singles(tag, m, size, x, weights, base, rows, bases, found, shares, codes, geo, like, p):
     """`residue` for stride 1 and at most three taps side by side."""
-    total = like, like
+    total = none_yet(tag, like)
     v, w = elements(x, base + m, 1, size - m, like), elements(weights, base + m, 1, size - m, like)
     kernel, shift = geo[3, KERNEL], m + geo[3, BEFORE]
     for k in range(found):
@@ -343,7 +509,7 @@ def singles(tag, m, size, x, weights, base, rows, bases, found, shares, codes, g
             total = send(tag, total, shares, codes, at - 1, bases[k] + 1, v, w, p)
         if kernel > 2:
             total = send(tag, total, shares, codes, at - 2, bases[k] + 2, v, w, p)
-    return total
+    return settled(tag, total, v, p)
 
 
 @njit(**INNER)
@@ -352,7 +518,7 @@ def pairs(tag, m, size, x, weights, base, rows, bases, found, shares, codes, geo
     taps side by side: taps 0 and 2 reach the one kind, tap 1 the other."""
     kernel, before = geo[3, KERNEL], geo[3, BEFORE]
     turned = before & 1
-    outer, inner = (like, like), (like, like)
+    outer, inner = none_yet(tag, like), none_yet(tag, like)
     left = size - 2 * m
     v = elements(x, base + 2 * m + turned, 2, (left - turned + 1) >> 1, like)
     w = elements(weights, base + 2 * m + turned, 2, (left - turned + 1) >> 1, like)
@@ -366,7 +532,8 @@ def pairs(tag, m, size, x, weights, base, rows, bases, found, shares, codes, geo
             outer = send(tag, outer, shares, codes, at - 1, bases[k] + 2, v, w, p)
         if kernel > 1:
             inner = send(tag, inner, shares, codes, at - turned, bases[k] + 1, vi, wi, p)
-    return (inner, outer) if turned else (outer, inner)
+    by_outer, by_inner = settled(tag, outer, v, p), settled(tag, inner, vi, p)
+    return (by_inner, by_outer) if turned else (by_outer, by_inner)
 
 
 @njit(**INNER)
@@ -393,7 +560,9 @@ def _put_pairs_of(array, at, even, odd, left):
 
 
 @njit(**INNER)
-def small_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, geo):
+def small_row(
+    tag, some, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, geo
+):
     """One input row under windows of at most three taps side by side, at stride 1 or 2."""
     size = geo[3, SIZE]
     like = splat(gx, 0)
@@ -401,22 +570,21 @@ def small_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shar
     q = parameter(params, p, 0, like)
     if geo[3, STRIDE] == 1:
         for m in range(0, size, lanes):
-            a = singles(tag, m, size, x, weights, base, rows, bases, found, shares, codes, geo,
-                        like, q)  # fmt: skip
+            arguments = m, size, x, weights, base, rows, bases, found, shares, codes, geo, like, q
+            a = gathered(singles, tag, some, weights, arguments)
             store_first(gx, base + m, a[0], size - m)
             put_first(gw, base + m, a[1], size - m)
         return
     for m in range(0, (size + 1) >> 1, lanes):
-        a, b = pairs(
-            tag, m, size, x, weights, base, rows, bases, found, shares, codes, geo, like, q
-        )
+        arguments = m, size, x, weights, base, rows, bases, found, shares, codes, geo, like, q
+        a, b = gathered(pairs, tag, some, weights, arguments)
         put_pairs(gx, base + 2 * m, a[0], b[0], size - 2 * m)
         put_pairs_of(gw, base + 2 * m, a[1], b[1], size - 2 * m)
 
 
 @njit(**APART)
-def any_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps, row,
-            geo):  # fmt: skip
+def any_row(tag, some, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps,
+            row, geo):  # fmt: skip
     """One input row under any windows at a regular stride; lanes are elements a stride apart."""
     size, stride = geo[3, SIZE], geo[3, STRIDE]
     like = splat(gx, 0)
@@ -424,8 +592,9 @@ def any_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares
     q = parameter(params, p, 0, like)
     for m in range(0, (size + stride - 1) // stride, lanes):
         for r in range(stride):
-            a = residue(tag, r, m, size, x, weights, base, rows, bases, found, shares, codes, taps,
-                        stride, like, q)  # fmt: skip
+            arguments = (r, m, size, x, weights, base, rows, bases, found, shares, codes, taps,
+                         stride, like, q)  # fmt: skip
+            a = gathered(residue, tag, some, weights, arguments)
             left = min(lanes, (size - stride * m - r - 1) // stride + 1)
             scatter(row, stride * m + r, stride, a[0], left)
             if gw is not None:
@@ -434,14 +603,16 @@ def any_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares
     flush(row, size, gw, base, size)
 
 
-def row_by_output(way, tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes,
-                  taps, row, hits, wide, geo, tab, inner):  # fmt: skip
+def row_by_output(way, tag, some, x, weights, p, params, gx, gw, base, rows, bases, found, shares,
+                  codes, taps, row, hits, wide, geo, tab, inner):  # fmt: skip
     """One input row whose windows lie at a regular stride."""
     if geo[3, KERNEL] <= 3 and geo[3, STRIDE] <= 2 and geo[3, DILATION] == 1:
-        small_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, geo)
+        small_row(
+            tag, some, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, geo
+        )
     else:
-        any_row(tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps,
-                row, geo)  # fmt: skip
+        any_row(tag, some, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes,
+                taps, row, geo)  # fmt: skip
 
 
 @njit(**INNER)
@@ -469,8 +640,17 @@ def _flush(row, begin, array, at, size):
     return copy
 
 
-def row_by_channel(way, tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes,
-                   taps, row, hits, wide, geo, tab, inner):  # fmt: skip
+@njit(**INNER)
+def channels(tag, c, v, w, hits, count, shares, codes, like, p):
+    """The totals of the channels from `c` on, of what the outputs that `hits` lists send."""
+    total = none_yet(tag, like)
+    for h in range(count):
+        total = send(tag, total, shares, codes, hits[0, h] + c, hits[1, h], v, w, p)
+    return settled(tag, total, v, p)
+
+
+def row_by_channel(way, tag, some, x, weights, p, params, gx, gw, base, rows, bases, found, shares,
+                   codes, taps, row, hits, wide, geo, tab, inner):  # fmt: skip
     """One input row of positions of `inner` elements; lanes are channels."""
     like = splat(gx, 0)
     i = np.int64(0)
@@ -488,9 +668,9 @@ def row_by_channel(way, tag, x, weights, p, params, gx, gw, base, rows, bases, f
             at, left = base + i * inner + c, run - c
             v, w = elements(x, at, 1, left, like), elements(weights, at, 1, left, like)
             q = parameter(params, p, c, like)
-            total = like, like
-            for h in range(count):
-                total = send(tag, total, shares, codes, hits[0, h] + c, hits[1, h], v, w, q)
+            total = gathered(
+                channels, tag, some, weights, (c, v, w, hits, count, shares, codes, like, q)
+            )
             store_first(gx, at, total[0], left)
             put_first(gw, at, total[1], left)
         i += run // inner
@@ -506,8 +686,8 @@ def covered_alike(geo, i):
     return np.int64(1)
 
 
-def row_by_window(way, tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes,
-                  taps, row, hits, wide, geo, tab, inner):  # fmt: skip
+def row_by_window(way, tag, some, x, weights, p, params, gx, gw, base, rows, bases, found, shares,
+                  codes, taps, row, hits, wide, geo, tab, inner):  # fmt: skip
     """One input row whose windows are long or irregular: what each window sends, one by one."""
     size = geo[3, SIZE]
     like = splat(gx, 0)
@@ -592,16 +772,17 @@ def _send_window_formula(tag, x, weights, p, base, at, code, shares, codes, row,
 
 
 def row_of(
-    way: Any, tag: Any, x: Any, weights: Any, p: Any, params: Any, gx: Any, gw: Any, base: Any,
-    rows: Any, bases: Any, found: Any, shares: Any, codes: Any, taps: Any, row: Any, hits: Any,
-    wide: Any, geo: Any, tab: Any, inner: Any,
+    way: Any, tag: Any, some: Any, x: Any, weights: Any, p: Any, params: Any, gx: Any, gw: Any,
+    base: Any, rows: Any, bases: Any, found: Any, shares: Any, codes: Any, taps: Any, row: Any,
+    hits: Any, wide: Any, geo: Any, tab: Any, inner: Any,
 ) -> None:  # fmt: skip
-    """One input row, in one of these ways."""
+    """One input row, in one of these ways. `some` says whether some windows share the neutral
+    anchor."""
 
 
 @inlined(row_of)
-def _row_of(way, tag, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes, taps,
-            row, hits, wide, geo, tab, inner):  # fmt: skip
+def _row_of(way, tag, some, x, weights, p, params, gx, gw, base, rows, bases, found, shares, codes,
+            taps, row, hits, wide, geo, tab, inner):  # fmt: skip
     rows_by = {ByOutput: row_by_output, ByChannel: row_by_channel, ByWindow: row_by_window}
     return rows_by[way.instance_class]
 
@@ -729,6 +910,7 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
             fill_shares(tag, shares, codes, k * room + before, g, state, line * outs, outs, g.size,
                         counts, scale, p_out, params)  # fmt: skip
         origin = before - low * each * room
+        some = shares_some(tag, shares, (high - low) * each, room, before, outs)
         for k in range((past - first) * rest):
             line = plane * plane_rows + first * rest + k
             if k == 0:
@@ -738,8 +920,8 @@ def backward(begin, end, way, tag, g, x, weights, params, state, gx, gw, geo, ta
             found = cover_rows(geo, tab, i, 0, room, rows, bases)
             for q in range(found):
                 rows[q] += origin
-            row_of(way, tag, x, weights, p, params, gx, gw, line * size, rows, bases, found, shares,
-                   codes, taps, row, hits, wide, geo, tab, inner)  # fmt: skip
+            row_of(way, tag, some, x, weights, p, params, gx, gw, line * size, rows, bases, found,
+                   shares, codes, taps, row, hits, wide, geo, tab, inner)  # fmt: skip
 
 
 def empty_codes(state: Any, tag: Any, size: Any) -> Any:

@@ -25,7 +25,7 @@ from torchpool.kernels.cpu.simd import Vector, splat_as
 from torchpool.reductions import Accumulation, Mean, Selection, Sum
 
 MAX_SUMS = 4
-_METHODS = ("key", "least", "lift", "lift_dx", "lift_dp", "finish", "finish_grad")
+_METHODS = ("key", "neutral", "least", "lift", "lift_dx", "lift_dp", "finish", "finish_grad")
 _TABLE = {
     getattr(reductions, name): getattr(scalars, name)
     for name in ("exp", "expm1", "log", "log1p", "sqrt", "where")
@@ -158,6 +158,13 @@ def is_tag(tag: Any) -> bool:
     return tag.instance_class.__name__ in _kinds
 
 
+def is_shared(tag: Any) -> bool:
+    """Whether windows may share the neutral anchor of the reduction that a tag's type stands
+    for."""
+    shares: bool = _kind(tag).shares
+    return shares
+
+
 def sums_of(tag: Any) -> int:
     """How many sums the reduction that a tag's type stands for keeps."""
     return _kind(tag).num_sums
@@ -201,6 +208,17 @@ def key(tag: Any, x: Any, p: Any) -> Any:
 def _key(tag, x, p):
     f = _formula(tag, "key", is_single(x))
     return lambda tag, x, p: alike(f(x, p), x)
+
+
+def neutral(tag: Any, p: Any) -> Any:
+    """The anchor that windows share."""
+    raise NotImplementedError
+
+
+@inlined(neutral)
+def _neutral(tag, p):
+    f = _formula(tag, "neutral", is_single(p))
+    return lambda tag, p: alike(f(p), p)
 
 
 def least(tag: Any, p: Any) -> Any:

@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     `overlaps` whether many windows share an element. `taps` is the size of a window; `covers`
     outputs cover an element at most. `planes_each` is how many planes of `outer` a channel has (0:
     channels are the fastest axis, `channels_last`). A band is so many positions along the leading
-    axis.
+    axis. `slots` rows of lifted elements are kept for the windows that share them; 0 for none.
     """
 
     geo: Any
@@ -81,6 +81,7 @@ class Plan(NamedTuple):
     covers: int
     band: int
     bands: int
+    slots: int
 
     @property
     def slab(self) -> int:
@@ -225,7 +226,23 @@ def plan(
         math.prod(map(_covers, padded)),
         band,
         bands,
+        0 if listed else _slots(padded, geo, inner),
     )
+
+
+def _slots(axes: Sequence[Axis], geo: Any, inner: int) -> int:
+    """A power of two of rows of the input among which those of a window lie, where windows overlap,
+    none is empty, and so many rows stay in the second cache; else 0."""
+    reach, apart = 0, 1
+    for axis in reversed(axes[:-1]):
+        reach += (axis.kernel - 1) * axis.dilation * apart
+        apart *= axis.in_size
+    slots = 1 << reach.bit_length()
+    outs, ins = (math.prod(axis[column] for axis in axes) for column in (1, 0))
+    overlaps = outs * math.prod(axis.kernel for axis in axes) >= SHARED * ins
+    regular = all(axis.stride > 0 for axis in axes) and not _is_long(axes[-1])
+    fits = slots * axes[-1].in_size * inner <= SCRATCH
+    return slots if overlaps and regular and fits and not geo[:, EMPTY].any() else 0
 
 
 def _listed_taps(axes: Sequence[Axis]) -> int:
@@ -283,6 +300,8 @@ LONG = 16
 """Windows of so many taps are read along themselves, unless they overlap much."""
 SCRATCH = 1 << 15
 """Elements of the shares of a band that stay in the second cache."""
+SHARED = 1.5
+"""Windows in which an element takes part, on average, from which on it is lifted once for all."""
 FAR = 50_000
 """Elements between the first and the last that a window selects from, by which the time doubles
 that it takes to add to one of them."""

@@ -1,0 +1,325 @@
+"""Formulas whose windows overlap: each element is lifted once, for all windows that see it.
+
+A formula measures elements against an anchor, by default the largest of their window, so that no
+exponential overflows and no sum vanishes. Elements of usual size need none of that: they are lifted
+against a *neutral* anchor, which is the same everywhere. Rows of lifted elements are kept, with
+zeros for the padding, as long as windows see them. A row with an element that is too large, and
+windows whose sum is too small, fall back to anchors of their own; both depend on nothing but the
+elements in question, so that results are the same however the work is shared out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from torchpool.kernels.cpu import direct
+from torchpool.kernels.cpu.constants import constants
+from torchpool.kernels.cpu.direct import (
+    ByChannel,
+    Inner,
+    Outputs,
+    alike_from,
+    solve,
+    strided,
+    write,
+)
+from torchpool.kernels.cpu.formulas import finish, lift, neutral, num_sums, sums_of
+from torchpool.kernels.cpu.lines import (
+    advance,
+    count_row,
+    lead_count,
+    lines_ahead,
+    most_rows,
+    request,
+    share_of,
+    split,
+    taps_of,
+    window_rows,
+)
+from torchpool.kernels.cpu.parts import INNER, JIT, SELDOM, inlined
+from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, STRIDE, VALID
+from torchpool.kernels.cpu.scalars import empty_buffer
+from torchpool.kernels.cpu.simd import (
+    any_lane,
+    choose,
+    lane_numbers,
+    load,
+    load_as,
+    load_first,
+    splat,
+    splat_as,
+    store,
+    width,
+)
+
+MOST = 1e7
+"""A lifted element above that is too large for the neutral anchor: it has lost precision."""
+LEAST = 1e-7
+"""A window whose sum is below that has elements that are too small for it."""
+
+
+class Kept(NamedTuple):
+    """Rows of lifted elements: `lifted` holds a line of `line` numbers for each term of each of
+    some slots, the elements from `margin` on; `numbers` tells which row of the input a slot holds,
+    `usual` whether all its elements are."""
+
+    lifted: Any
+    line: int
+    margin: int
+    numbers: Any
+    usual: Any
+
+
+def store_terms(lifted: Any, at: Any, apart: Any, terms: Any, left: Any) -> None:
+    """Writes the terms of `left` elements, `apart` from one another; zeros behind them."""
+
+
+@inlined(store_terms)
+def _store_terms(lifted, at, apart, terms, left):
+    def one(lifted, at, apart, terms, left):
+        store_term(lifted, at, terms[0], left)
+
+    def two(lifted, at, apart, terms, left):
+        store_term(lifted, at, terms[0], left)
+        store_term(lifted, at + apart, terms[1], left)
+
+    def three(lifted, at, apart, terms, left):
+        store_term(lifted, at, terms[0], left)
+        store_term(lifted, at + apart, terms[1], left)
+        store_term(lifted, at + 2 * apart, terms[2], left)
+
+    def four(lifted, at, apart, terms, left):
+        store_term(lifted, at, terms[0], left)
+        store_term(lifted, at + apart, terms[1], left)
+        store_term(lifted, at + 2 * apart, terms[2], left)
+        store_term(lifted, at + 3 * apart, terms[3], left)
+
+    return (one, two, three, four)[len(terms) - 1]
+
+
+@njit(**INNER)
+def store_term(lifted, at, term, left):
+    store(lifted, at, choose(lane_numbers(term) < left, term, splat_as(term, 0)))
+
+
+@njit(**INNER)
+def lift_row(tag, x, row, size, lifted, at, apart, p):
+    """Lifts the elements of a row into lifted[at] and following; says whether all are usual."""
+    a = neutral(tag, p)
+    for i in range(0, size, width(x)):
+        left = size - i
+        v = load(x, row + i) if left >= width(x) else load_first(x, row + i, left)
+        terms = lift(tag, v, a, p)
+        store_terms(lifted, at + i, apart, terms, left)
+        if any_lane(~(terms[0] <= splat_as(v, MOST)) & (lane_numbers(v) < left)):
+            return False
+    return True
+
+
+@njit(**INNER)
+def lift_rows(tag, x, rows, found, size, kept, places, p):
+    """Lifts the rows that are not kept yet, and tells where each begins, up to the first with an
+    unusual element; says whether there is none."""
+    slots = kept.numbers.size
+    once = 1 / size
+    for k in range(found):
+        number = np.int64(rows[k] * once + 0.5)
+        slot = number & (slots - 1)
+        places[k] = slot * kept.line
+        if kept.numbers[slot] != number:
+            kept.numbers[slot] = number
+            kept.usual[slot] = lift_row(
+                tag, x, rows[k], size, kept.lifted, places[k] + kept.margin, slots * kept.line, p
+            )
+        if not kept.usual[slot]:
+            return False
+    return True
+
+
+def sums_at(tag: Any, place: Any, kept: Any, places: Any, found: Any, geo: Any, like: Any) -> Any:
+    """The sums of the lifted elements of the windows at a place."""
+
+
+@inlined(sums_at)
+def _sums_at(tag, place, kept, places, found, geo, like):
+    def one(tag, place, kept, places, found, geo, like):
+        return (total_at(place, kept, 0, places, found, geo, like),)
+
+    def two(tag, place, kept, places, found, geo, like):
+        return (
+            total_at(place, kept, 0, places, found, geo, like),
+            total_at(place, kept, 1, places, found, geo, like),
+        )
+
+    def three(tag, place, kept, places, found, geo, like):
+        return (
+            total_at(place, kept, 0, places, found, geo, like),
+            total_at(place, kept, 1, places, found, geo, like),
+            total_at(place, kept, 2, places, found, geo, like),
+        )
+
+    def four(tag, place, kept, places, found, geo, like):
+        return (
+            total_at(place, kept, 0, places, found, geo, like),
+            total_at(place, kept, 1, places, found, geo, like),
+            total_at(place, kept, 2, places, found, geo, like),
+            total_at(place, kept, 3, places, found, geo, like),
+        )
+
+    return (one, two, three, four)[sums_of(tag) - 1]
+
+
+def total_at(place: Any, kept: Any, term: Any, places: Any, found: Any, geo: Any, like: Any) -> Any:
+    """The sums of one term."""
+
+
+@inlined(total_at)
+def _total_at(place, kept, term, places, found, geo, like):
+    if place.instance_class is Inner:
+
+        def of_channels(place, kept, term, places, found, geo, like):
+            first, end, start, step, c, _, inner = place
+            begin, total = term * kept.numbers.size * kept.line + c, like
+            for k in range(found):
+                for j in range(first, end):
+                    at = begin + places[k] + (start + j * step) * inner
+                    total += load(kept.lifted, at)
+            return total
+
+        return of_channels
+
+    def of_outputs(place, kept, term, places, found, geo, like):
+        stride, step = geo[3, STRIDE], geo[3, DILATION]
+        begin, total = term * kept.numbers.size * kept.line + place.o * stride, like
+        for k in range(found):
+            for j in range(geo[3, KERNEL]):
+                total += strided(kept.lifted, begin + places[k] + j * step, stride, like)
+        return total
+
+    return of_outputs
+
+
+@njit(**SELDOM)
+def solve_apart(place, tag, x, lines, state, geo, p, pads):
+    """The values of windows with anchors of their own."""
+    return solve(place, tag, x, None, lines, state, geo, p, pads, 0, 0.0, False)
+
+
+@njit(**INNER)
+def solve_shared(place, count, tag, x, lines, state, geo, p, kept, places, n, pads):
+    """As `direct.solve`, of rows whose elements are all usual."""
+    s = sums_at(tag, place, kept, places, lines[2], geo, splat(x, 0))
+    if any_lane(~(s[0] >= splat_as(n, LEAST)) & (lane_numbers(n) < count)):
+        return solve_apart(place, tag, x, lines, state, geo, p, pads)
+    a = neutral(tag, p)
+    return finish(tag, s, n, a, p), (a, s, n)
+
+
+def walk(
+    way: Any, tag: Any, x: Any, p: Any, y: Any, state: Any, at: Any, lines: Any, geo: Any,
+    tab: Any, inner: Any, kept: Any, places: Any, counts: Any, lead: Any, ahead: Any, ask: Any,
+) -> None:  # fmt: skip
+    """One row of outputs, which begins at y[at]. A window has as many elements as `counts` tells
+    along the last axis, times `lead`."""
+
+
+@inlined(walk)
+def _walk(way, tag, x, p, y, state, at, lines, geo, tab, inner, kept, places, counts, lead, ahead,
+          ask):  # fmt: skip
+    return row_of_channels if way.instance_class is ByChannel else row_of_outputs
+
+
+def row_of_outputs(way, tag, x, p, y, state, at, lines, geo, tab, inner, kept, places, counts, lead,
+                   ahead, ask):  # fmt: skip
+    """Lanes are windows side by side."""
+    for o in range(0, geo[3, OUT], width(x)):
+        ahead = request(x, ahead, ask)
+        count = min(width(x), geo[3, OUT] - o)
+        n = load_as(counts, o, p) * lead
+        v, found = solve_shared(Outputs(o, count), count, tag, x, lines, state, geo, p, kept,
+                                places, n, counts)  # fmt: skip
+        write(y, state, at + o, v, found, count, counts, o, lead, tag, False)
+
+
+def row_of_channels(way, tag, x, p, y, state, at, lines, geo, tab, inner, kept, places, counts,
+                    lead, ahead, ask):  # fmt: skip
+    """Lanes are channels."""
+    o = np.int64(0)
+    while o < geo[3, OUT]:
+        first, end, start = taps_of(geo, tab, 3, o)
+        whole = alike_from(geo, o)
+        run = whole * inner
+        n = splat_as(p, counts[o]) * lead
+        for c in range(0, run, width(x)):
+            ahead = request(x, ahead, ask)
+            count = min(width(x), run - c)
+            place = Inner(first, end, start, geo[3, DILATION], c, count, inner)
+            v, found = solve_shared(place, count, tag, x, lines, state, geo, p, kept, places, n,
+                                    counts)  # fmt: skip
+            i = o * inner + c
+            write(y, state, at + i, v, found, count, counts, i, lead, tag, False)
+        o += whole
+
+
+@njit(**SELDOM)
+def walk_apart(way, tag, x, params, row, y, state, at, lines, geo, tab, inner, counts, ahead, ask):
+    """One row of outputs, with anchors of their own."""
+    number = counts.dtype.type
+    means = counts, counts, number(1), number(0), False
+    direct.walk(way, tag, x, None, params, row, y, state, at, lines, geo, tab, inner, means, ahead,
+                ask)  # fmt: skip
+
+
+@njit(**INNER)
+def margins(geo, inner):
+    """The elements of padding before and behind a row, where lanes are windows side by side."""
+    if inner > 1:
+        return np.int64(0), np.int64(0)
+    last = (geo[3, OUT] - 1) * geo[3, STRIDE] + (geo[3, KERNEL] - 1) * geo[3, DILATION]
+    return geo[3, BEFORE], max(0, last + 1 - geo[3, BEFORE] - geo[3, SIZE])
+
+
+@njit(**JIT)
+def shared(begin, end, way, tag, x, params, y, state, geo, tab, inner, slots):
+    """Output rows `begin .. end - 1`.
+
+    Args:
+        params: one number.
+        state: as that of `direct.direct`.
+        slots: how many rows of lifted elements are kept, a power of two.
+    """
+    geo, tab = constants(geo), constants(tab)
+    lanes, size, row_size = width(x), geo[3, SIZE] * inner, geo[3, OUT] * inner
+    most = most_rows(geo)
+    rows, codes, o = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(3, np.int64)
+    places = np.empty(most, np.int64)
+    before, behind = margins(geo, inner)
+    line = before + -(-size // lanes) * lanes + behind
+    beyond = lanes * (1 + geo[3, STRIDE])  # what idle lanes read
+    lifted = empty_buffer(x, num_sums(tag) * slots * line + beyond)
+    lifted[:] = 0
+    kept = Kept(lifted, line, before, np.full(slots, -1, np.int64), np.zeros(slots, np.bool_))
+    counts = empty_buffer(x, geo[3, OUT] + lanes)
+    count_row(counts, geo, tab, 1, VALID, 0.0)
+    number = counts.dtype.type
+    row = empty_buffer(x, row_size + lanes)
+    row[:] = params[0]
+    p = splat(x, params[0])
+    share, ask = share_of(x, y.size // row_size, -(-row_size // lanes))
+    plane = split(begin, geo, OUT, o)
+    for unit in range(begin, end):
+        found = window_rows(geo, tab, o, plane, size, rows, codes)
+        lines = rows, codes, found
+        lead = number(lead_count(geo, tab, VALID, o))
+        ahead = np.int64(unit * share) + lines_ahead(x)
+        at = unit * row_size
+        if lift_rows(tag, x, rows, found, size, kept, places, p):
+            walk(way, tag, x, p, y, state, at, lines, geo, tab, inner, kept, places, counts, lead,
+                 ahead, ask)  # fmt: skip
+        else:
+            walk_apart(way, tag, x, params, row, y, state, at, lines, geo, tab, inner, counts,
+                       ahead, ask)  # fmt: skip
+        plane = advance(geo, OUT, o, plane)
