@@ -35,7 +35,7 @@ from torchpool.kernels import cpu, layout, reference
 from torchpool.kernels.cpu import formulas, parts, scalars, shares, simd, threads
 from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.plan import COLUMNS, Plan
-from torchpool.reductions import Accumulation
+from torchpool.reductions import Accumulation, exp, log
 from torchpool.windows import Adaptive, Global, Windows
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -554,6 +554,41 @@ def test_overlapping_windows_share_what_elements_are_lifted_to(
                 grad.double(), wide, None, None, exact, kept, *case
             )[0]
             torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=4e-6, equal_nan=True)
+
+
+@dataclass(frozen=True)
+class LogSumExp(Accumulation):
+    """A user's own reduction whose windows share the anchor 0."""
+
+    anchor = "max"
+    shares = True
+
+    @staticmethod
+    def lift(x: Any, a: Any, p: Any) -> Any:
+        return (exp(x - a),)
+
+    @staticmethod
+    def lift_dx(x: Any, a: Any, p: Any) -> Any:
+        return (exp(x - a),)
+
+    @staticmethod
+    def finish(s: Any, n: Any, a: Any, p: Any) -> Any:
+        return a + log(s[0])
+
+    @staticmethod
+    def finish_grad(s: Any, n: Any, a: Any, p: Any) -> Any:
+        return (1.0 / s[0],), 0.0, 0.0
+
+
+def test_ones_own_reduction_may_share() -> None:
+    x = torch.randn((2, 3, 40), generator=torch.Generator().manual_seed(10)).requires_grad_()
+    with torch.no_grad():
+        x[0, 1, 7:20] -= 80.0
+        x[1, 0, 9] = 90.0
+    y, want = pool(x, LogSumExp(), Window(3, 1)), x.unfold(2, 3, 1).logsumexp(3)
+    torch.testing.assert_close(y, want)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(11))
+    torch.testing.assert_close(*(torch.autograd.grad(result, x, grad)[0] for result in (y, want)))
 
 
 @pytest.mark.parametrize("beta", [0.25, 5.0])

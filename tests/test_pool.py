@@ -381,6 +381,21 @@ def test_own_reductions(backend):
     assert torch.equal(i, torch.from_numpy(where))
 
 
+class Undecorated(tp.Selection):
+    """Lacks @dataclass(frozen=True)."""
+
+
+@dataclass
+class Thawed(tp.Selection):
+    """The same."""
+
+
+@pytest.mark.parametrize("kind", [Undecorated, Thawed])
+def test_own_reductions_that_are_no_frozen_dataclasses(kind):
+    with pytest.raises(TypeError, match=rf"{kind.__name__} .*@dataclass\(frozen=True\)"):
+        tp.pool(torch.zeros(1, 1, 4), kind(), tp.Window(2))
+
+
 @st.composite
 def problems(draw):
     d = draw(st.integers(1, 3))

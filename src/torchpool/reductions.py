@@ -68,6 +68,15 @@ class Reduction:
         super().__init_subclass__(**options)
         _classes[f"{cls.__module__}.{cls.__qualname__}"] = cls
 
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        made_by = getattr(cls, "__dataclass_params__", None)
+        if made_by is None or not made_by.frozen:
+            raise TypeError(
+                f"{cls.__name__} is no frozen dataclass, whose values can be compared; decorate "
+                f"the class with @dataclass(frozen=True)"
+            )
+        return super().__new__(cls)
+
     @property
     def value(self) -> Any:
         """The parameter p: a float, a tensor, or None where there is none."""

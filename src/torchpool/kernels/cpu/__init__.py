@@ -3,8 +3,8 @@
 Any number of pooled axes reads as four, the pooled ones last, and either layout as (outer, *S,
 inner): see `plan`. Values over small planes go to `planes`, of other small windows, and of whole
 vectors of channels, to `leaf`, over large windows to `sweep`, formulas over windows that overlap to
-`shared`, everything else forward to `direct`; gradients of selections go to `scatter`, all others to
-`backward`.
+`shared`, everything else forward to `direct`; gradients of selections go to `scatter`, all others
+to `backward`.
 """
 
 from __future__ import annotations
