@@ -3,9 +3,9 @@
 A formula measures elements against an anchor, by default the largest of their window, so that no
 exponential overflows and no sum vanishes. Elements of usual size need none of that: they are lifted
 against a *neutral* anchor, which is the same everywhere. Rows of lifted elements are kept, with
-zeros for the padding, as long as windows see them. A row with an element that is too large, and
-windows whose sum is too small, fall back to anchors of their own; both depend on nothing but the
-elements in question, so that results are the same however the work is shared out.
+zeros for the padding, as long as windows see them. Windows whose sum is too small or too large fall
+back to anchors of their own. That depends on nothing but their elements, so that a window gives the
+same however the work is shared out, and whatever lies beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from torchpool.kernels.cpu import direct
 from torchpool.kernels.cpu.constants import constants
 from torchpool.kernels.cpu.direct import (
     ByChannel,
@@ -24,6 +23,7 @@ from torchpool.kernels.cpu.direct import (
     alike_from,
     solve,
     strided,
+    with_window,
     write,
 )
 from torchpool.kernels.cpu.formulas import finish, lift, neutral, num_sums, sums_of
@@ -55,22 +55,19 @@ from torchpool.kernels.cpu.simd import (
     width,
 )
 
-MOST = 1e7
-"""A lifted element above that is too large for the neutral anchor: it has lost precision."""
-LEAST = 1e-7
-"""A window whose sum is below that has elements that are too small for it."""
+LEAST, MOST = 1e-7, 1e7
+"""The sums of windows whose elements are precise against the neutral anchor."""
 
 
 class Kept(NamedTuple):
     """Rows of lifted elements: `lifted` holds a line of `line` numbers for each term of each of
-    some slots, the elements from `margin` on; `numbers` tells which row of the input a slot holds,
-    `usual` whether all its elements are."""
+    some slots, the elements from `margin` on; `numbers` tells which row of the input a slot
+    holds."""
 
     lifted: Any
     line: int
     margin: int
     numbers: Any
-    usual: Any
 
 
 def store_terms(lifted: Any, at: Any, apart: Any, terms: Any, left: Any) -> None:
@@ -107,22 +104,18 @@ def store_term(lifted, at, term, left):
 
 @njit(**INNER)
 def lift_row(tag, x, row, size, lifted, at, apart, p):
-    """Lifts the elements of a row into lifted[at] and following; says whether all are usual."""
+    """Lifts the elements of a row into lifted[at] and following."""
     a = neutral(tag, p)
     for i in range(0, size, width(x)):
         left = size - i
         v = load(x, row + i) if left >= width(x) else load_first(x, row + i, left)
         terms = lift(tag, v, a, p)
         store_terms(lifted, at + i, apart, terms, left)
-        if any_lane(~(terms[0] <= splat_as(v, MOST)) & (lane_numbers(v) < left)):
-            return False
-    return True
 
 
 @njit(**INNER)
 def lift_rows(tag, x, rows, found, size, kept, places, p):
-    """Lifts the rows that are not kept yet, and tells where each begins, up to the first with an
-    unusual element; says whether there is none."""
+    """Lifts the rows that are not kept yet, and tells where each begins."""
     slots = kept.numbers.size
     once = 1 / size
     for k in range(found):
@@ -131,12 +124,8 @@ def lift_rows(tag, x, rows, found, size, kept, places, p):
         places[k] = slot * kept.line
         if kept.numbers[slot] != number:
             kept.numbers[slot] = number
-            kept.usual[slot] = lift_row(
-                tag, x, rows[k], size, kept.lifted, places[k] + kept.margin, slots * kept.line, p
-            )
-        if not kept.usual[slot]:
-            return False
-    return True
+            at = places[k] + kept.margin
+            lift_row(tag, x, rows[k], size, kept.lifted, at, slots * kept.line, p)
 
 
 def sums_at(tag: Any, place: Any, kept: Any, places: Any, found: Any, geo: Any, like: Any) -> Any:
@@ -210,12 +199,15 @@ def solve_apart(place, tag, x, lines, state, geo, p, pads):
 
 @njit(**INNER)
 def solve_shared(place, count, tag, x, lines, state, geo, p, kept, places, n, pads):
-    """As `direct.solve`, of rows whose elements are all usual."""
-    s = sums_at(tag, place, kept, places, lines[2], geo, splat(x, 0))
-    if any_lane(~(s[0] >= splat_as(n, LEAST)) & (lane_numbers(n) < count)):
-        return solve_apart(place, tag, x, lines, state, geo, p, pads)
+    """As `direct.solve`."""
     a = neutral(tag, p)
-    return finish(tag, s, n, a, p), (a, s, n)
+    s = sums_at(tag, place, kept, places, lines[2], geo, splat(x, 0))
+    v, found = finish(tag, s, n, a, p), (a, s, n)
+    usual = (s[0] >= splat_as(n, LEAST)) & (s[0] <= splat_as(n, MOST))
+    if any_lane(~usual & (lane_numbers(n) < count)):
+        own = solve_apart(place, tag, x, lines, state, geo, p, pads)
+        return with_window(~usual, own, (v, found))
+    return v, found
 
 
 def walk(
@@ -264,15 +256,6 @@ def row_of_channels(way, tag, x, p, y, state, at, lines, geo, tab, inner, kept, 
         o += whole
 
 
-@njit(**SELDOM)
-def walk_apart(way, tag, x, params, row, y, state, at, lines, geo, tab, inner, counts, ahead, ask):
-    """One row of outputs, with anchors of their own."""
-    number = counts.dtype.type
-    means = counts, counts, number(1), number(0), False
-    direct.walk(way, tag, x, None, params, row, y, state, at, lines, geo, tab, inner, means, ahead,
-                ask)  # fmt: skip
-
-
 @njit(**INNER)
 def margins(geo, inner):
     """The elements of padding before and behind a row, where lanes are windows side by side."""
@@ -301,12 +284,10 @@ def shared(begin, end, way, tag, x, params, y, state, geo, tab, inner, slots):
     beyond = lanes * (1 + geo[3, STRIDE])  # what idle lanes read
     lifted = empty_buffer(x, num_sums(tag) * slots * line + beyond)
     lifted[:] = 0
-    kept = Kept(lifted, line, before, np.full(slots, -1, np.int64), np.zeros(slots, np.bool_))
+    kept = Kept(lifted, line, before, np.full(slots, -1, np.int64))
     counts = empty_buffer(x, geo[3, OUT] + lanes)
     count_row(counts, geo, tab, 1, VALID, 0.0)
     number = counts.dtype.type
-    row = empty_buffer(x, row_size + lanes)
-    row[:] = params[0]
     p = splat(x, params[0])
     share, ask = share_of(x, y.size // row_size, -(-row_size // lanes))
     plane = split(begin, geo, OUT, o)
@@ -315,11 +296,7 @@ def shared(begin, end, way, tag, x, params, y, state, geo, tab, inner, slots):
         lines = rows, codes, found
         lead = number(lead_count(geo, tab, VALID, o))
         ahead = np.int64(unit * share) + lines_ahead(x)
-        at = unit * row_size
-        if lift_rows(tag, x, rows, found, size, kept, places, p):
-            walk(way, tag, x, p, y, state, at, lines, geo, tab, inner, kept, places, counts, lead,
-                 ahead, ask)  # fmt: skip
-        else:
-            walk_apart(way, tag, x, params, row, y, state, at, lines, geo, tab, inner, counts,
-                       ahead, ask)  # fmt: skip
+        lift_rows(tag, x, rows, found, size, kept, places, p)
+        walk(way, tag, x, p, y, state, unit * row_size, lines, geo, tab, inner, kept, places,
+             counts, lead, ahead, ask)  # fmt: skip
         plane = advance(geo, OUT, o, plane)
