@@ -746,12 +746,12 @@ _SECOND = """
 import torch
 from torchpool import Max, SoftmaxMean, Window
 from torchpool.kernels import cpu
-from torchpool.kernels.cpu import direct, leaf
+from torchpool.kernels.cpu import direct, leaf, shared
 x, axes = torch.randn(1, 2, 8, 8), Window(3, 2, 1).axes((8, 8))
 cpu.select(x, None, None, Max(), axes, True)
 cpu.select(x, None, None, Max(), axes, False)
 cpu.accumulate(x, None, None, torch.ones(1), SoftmaxMean(), axes, False)
-stats = [kernel.stats for kernel in (direct.direct, leaf.leaf)]
+stats = [kernel.stats for kernel in (direct.direct, leaf.leaf, shared.shared)]
 print(sum(len(s.cache_misses) for s in stats), sum(len(s.cache_hits) for s in stats))
 """
 
