@@ -585,6 +585,11 @@ def test_ones_own_reduction_may_share() -> None:
     with torch.no_grad():
         x[0, 1, 7:20] -= 80.0
         x[1, 0, 9] = 90.0
+    axes = Window(3, 1).axes((40,))
+    _, stats = cpu.accumulate(x.detach(), None, None, None, LogSumExp(), axes, True)
+    is_shared = stats[0] == 0
+    assert is_shared.any()
+    assert not is_shared.all()
     y, want = pool(x, LogSumExp(), Window(3, 1)), x.unfold(2, 3, 1).logsumexp(3)
     torch.testing.assert_close(y, want)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(11))

@@ -437,7 +437,7 @@ def _formula(reduction: Accumulation, numbers: Any, weighs: bool, channels: int,
     """
     kind: Any = type(reduction)
     tag = formulas.tag(kind, numbers)
-    if weighs or not (kind.shares and plan.slots and _is_usual(numbers)):
+    if weighs or not (kind.shares and plan.slots and _is_usual(kind, numbers)):
         return _direct(tag, channels, *_divisor(reduction), plan)
     way, options = _way(plan), (plan.geo, plan.tab, plan.inner, plan.slots)
     return Job(
@@ -447,10 +447,12 @@ def _formula(reduction: Accumulation, numbers: Any, weighs: bool, channels: int,
     )
 
 
-def _is_usual(numbers: Any) -> bool:
-    """Whether there is one parameter, and neither a small one, for which derivatives by it would
-    lose precision without an anchor of their own, nor one for which elements of usual size are
-    not usual."""
+def _is_usual(kind: Any, numbers: Any) -> bool:
+    """Whether there is no parameter, or one that is neither small, so that derivatives by it would
+    lose precision without an anchor of their own, nor so large that elements of usual size are not
+    usual."""
+    if kind.parameter is None:
+        return True
     return numbers.size == 1 and 0.5 <= abs(float(numbers[0])) <= 4
 
 
