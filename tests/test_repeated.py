@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 
 import torchpool as tp
 from torchpool import functional, ops
+from torchpool.functional.general import _ready_call
+from torchpool.functional.torch_names import _known_window
 
 PAIRS = [
     (lambda x: tp.pool(x, tp.Max(), tp.Window(3, 2, 1)), lambda x: F.max_pool2d(x, 3, 2, 1)),
@@ -150,7 +152,7 @@ def test_reductions_of_ones_own_may_hold_anything():
 def test_a_repeated_call_is_not_prepared_again():
     x = torch.randn(3, 5, 41, 43)
     functional.max_pool2d(x, 3)
-    caches = (functional._ready_call, functional._known_window)
+    caches = (_ready_call, _known_window)
     before = [cache.cache_info() for cache in caches]
     y = functional.max_pool2d(x + 1, 3)
     for cache, was in zip(caches, before, strict=True):
@@ -161,7 +163,7 @@ def test_a_repeated_call_is_not_prepared_again():
 
 def test_a_call_that_no_backend_prepares_is_remembered_too(monkeypatch):
     monkeypatch.setitem(ops._FIRST, "cpu", "reference")
-    functional._ready_call.cache_clear()
+    _ready_call.cache_clear()
     for reduction, pool in (
         (tp.Max(), F.max_pool2d),
         (tp.Mean(), F.avg_pool2d),
@@ -169,7 +171,7 @@ def test_a_call_that_no_backend_prepares_is_remembered_too(monkeypatch):
     ):
         for x in torch.randn(2, 1, 2, 9, 9):
             torch.testing.assert_close(tp.pool(x, reduction, tp.Window(3)), pool(x, 3))
-    functional._ready_call.cache_clear()
+    _ready_call.cache_clear()
 
 
 def test_parameters_tell_calls_apart():

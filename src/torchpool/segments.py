@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchpool import ragged
-from torchpool.functional import _check_types, _over_runs, _run_table
+from torchpool.functional.cases import check_types, run_table
+from torchpool.functional.samples import over_runs
 from torchpool.kernels import layout
 from torchpool.reductions import Reduction
 from torchpool.windows import Global
@@ -96,7 +97,7 @@ def segment_pool(
             [0., 0.],
             [6., 7.]])
     """
-    _check_types(values, reduction, _WHOLE)
+    check_types(values, reduction, _WHOLE)
     dim = _row_axis(values, dim)
     segments = _segments(values.shape[dim], values.device, offsets, index, num_segments)
     size = values.shape[dim]
@@ -108,11 +109,11 @@ def segment_pool(
     assert rows is not None
     others = (mask, weights, return_indices, fill)
     runs = partial(ragged.packed_runs, segments.offsets)
-    y = _over_runs(rows, reduction, _WHOLE, dim, segments.offsets, others, runs)
+    y = over_runs(rows, reduction, _WHOLE, dim, segments.offsets, others, runs)
     if y is not None:
         return y
     table = ragged.segment_table(segments.offsets, size)
-    pooled = _run_table(
+    pooled = run_table(
         rows, reduction, _WHOLE, table, dim, mask, weights, return_indices, fill, True
     )
     if not return_indices or segments.order is None:

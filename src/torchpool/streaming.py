@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchpool import ragged
-from torchpool.functional import _check_types, _run_table
+from torchpool.functional.cases import check_types, run_table
 from torchpool.nn import Pool
 from torchpool.reductions import Lp, Max, Mean, Reduction
 from torchpool.windows import Axis, Window, Windows
@@ -62,7 +62,7 @@ class Stream:
             TypeError, ValueError: naming the argument, its value and the remedy.
         """
         reduction = self.reduction
-        _check_types(chunk, reduction, self.window)
+        check_types(chunk, reduction, self.window)
         if not -chunk.ndim <= self.dim < chunk.ndim:
             raise ValueError(f"dim={self.dim} is out of range for a chunk of {tuple(chunk.shape)}")
         given = {"x": chunk, "mask": mask, "weights": weights}
@@ -121,9 +121,7 @@ class Stream:
         axis = Axis(size, len(output), kernel, 1, dilation, 0, 0)
         table = ragged.Table(rows.to(x.device), axis)
         dim = self.dim % x.ndim
-        y = _run_table(
-            x, reduction, self.window, table, dim, mask, weights, False, self._fill, True
-        )
+        y = run_table(x, reduction, self.window, table, dim, mask, weights, False, self._fill, True)
         self._made = outputs
         needed = outputs * stride + self.window.spans(1, 0).low
         drop = min(max(0, needed - self._begin), size)
@@ -203,7 +201,7 @@ def streaming(
             f"{windows}: with stride {stride}, where padding={windows.padding!r} begins depends on "
             f"the length of the whole signal; use padding='causal' or numbers"
         )
-    _check_types(torch.zeros(1), source if isinstance(source, Reduction) else Max(), windows)
+    check_types(torch.zeros(1), source if isinstance(source, Reduction) else Max(), windows)
     if not isinstance(source, (Reduction, Pool)):
         raise TypeError(f"{source!r} must be a reduction such as torchpool.Max(), or a layer")
     return Stream(source, windows, -1 if dim is None else dim)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchpool.functional import _pooled_axes, _View, pool
+from torchpool.functional import pool
+from torchpool.functional.cases import View, pooled_axes
 from torchpool.nn.depthwise import depthwise
 from torchpool.nn.describe import describe
 from torchpool.reductions import Max
@@ -78,7 +79,7 @@ class BlurPool(nn.Module):
             raise TypeError(
                 f"x has dtype {x.dtype}, which cannot be blurred; convert it with x.float()"
             )
-        view = _View(_pooled_axes(x, self.windows, self.dims), x.shape)
+        view = View(pooled_axes(x, self.windows, self.dims), x.shape)
         x = view.canonical(x)
         d = x.ndim - 2
         if d > 3:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchpool.functional import _broadcast, _pooled_axes, _View, pool
+from torchpool.functional import pool
+from torchpool.functional.cases import View, broadcast, pooled_axes
 from torchpool.nn.depthwise import depthwise
 from torchpool.nn.describe import describe
 from torchpool.reductions import Max, Mean, Reduction
@@ -194,10 +195,10 @@ class _MaxMean(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
-        view = _View(_pooled_axes(x, self.windows, self.dims), x.shape)
+        view = View(pooled_axes(x, self.windows, self.dims), x.shape)
         x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-        mask = None if mask is None else view.canonical(_broadcast(mask, x, "mask"))
-        weights = None if weights is None else view.canonical(_broadcast(weights, x, "weights"))
+        mask = None if mask is None else view.canonical(broadcast(mask, x, "mask"))
+        weights = None if weights is None else view.canonical(broadcast(weights, x, "weights"))
         x = view.canonical(x)
         dims = range(2, x.ndim)
         largest = pool(x, Max(), self.windows, dims=dims, mask=mask, weights=weights)
