@@ -58,6 +58,9 @@ GEOMETRIES: list[tuple[tuple[int, ...], Windows]] = [
     ((2, 3, 6, 5), Window((2, 3), 1, ((3, 2), (4, 5)))),
     ((2, 3, 5, 4, 20), Window((2, 3, 2), (2, 1, 1), (1, 0, 1), (2, 1, 1))),
     ((4, 3, 30), Window(3, 1, ((0, 2),))),
+    ((1, 3, 3, 120), Adaptive((2, 1))),
+    ((2, 20, 9, 12), Adaptive((2, 2))),
+    ((1, 35, 11, 10), Window((4, 5), (5, 5), (1, 0), (2, 1))),
 ]
 IDS = [
     f"{'x'.join(map(str, shape))}-{type(windows).__name__}{i}"

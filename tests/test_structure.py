@@ -12,7 +12,8 @@ import torchpool
 
 ROOT = Path(torchpool.__file__).parent
 FLOORS = [
-    {"windows", "reductions", "small"},
+    {"windows", "reductions", "forced"},
+    {"small"},
     {"kernels"},
     {"unpool", "ragged"},
     {"ops"},

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from types import ModuleType
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchpool import forced
 from torchpool.kernels import layout, reference
 from torchpool.reductions import Accumulation, Max, Reduction, Selection, from_spec
 from torchpool.windows import Axis
@@ -92,11 +92,11 @@ def refusals(
     Raises:
         ValueError: TORCHPOOL_BACKEND names no backend, or one that does not serve the case.
     """
-    forced = os.environ.get("TORCHPOOL_BACKEND") or None
-    if forced is not None and forced not in _BACKENDS:
-        raise ValueError(f"TORCHPOOL_BACKEND={forced!r} must be one of {', '.join(_BACKENDS)}")
+    asked = forced.backend()
+    if asked is not None and asked not in _BACKENDS:
+        raise ValueError(f"TORCHPOOL_BACKEND={asked!r} must be one of {', '.join(_BACKENDS)}")
     reasons: dict[str, str] = {}
-    for name in (forced,) if forced else (_FIRST.get(device.type), "reference"):
+    for name in (asked,) if asked else (_FIRST.get(device.type), "reference"):
         if name is None:
             continue
         backend = _load((_TABLES if table else _BACKENDS)[name])
@@ -108,7 +108,7 @@ def refusals(
             return backend, reasons
         reasons[name] = reason
     raise ValueError(
-        f"TORCHPOOL_BACKEND={forced!r} does not serve this case: {reasons[forced or 'reference']}"
+        f"TORCHPOOL_BACKEND={asked!r} does not serve this case: {reasons[asked or 'reference']}"
     )
 
 

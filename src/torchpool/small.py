@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchpool import forced
 
 SMALL = 1 << 14
 """Elements up to which an input on the CPU is small."""
@@ -45,7 +46,7 @@ def _is_small(name: str, x: Any, arguments: tuple[Any, ...]) -> bool:
         and (
             _is_small_on_cpu(x) if x.is_cpu else x.is_cuda and _is_small_on_gpu(name, x, arguments)
         )
-        and not os.environ.get("TORCHPOOL_BACKEND")
+        and not forced.backend()
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchpool import ops, ragged
+from torchpool import forced, ops, ragged
 from torchpool.functional.cases import Case, by_lengths, case_of, filled, is_fixed, run
 from torchpool.functional.samples import pool_ragged
 from torchpool.kernels import layout, reference
@@ -110,7 +109,7 @@ def _ready(x: Any, reduction: Any, windows: Any, dims: Any) -> Any:
         or not isinstance(reduction, Reduction)
         or not (type(reduction) in _REPEATED or (x.is_cpu and is_fixed(reduction)))
         or not ops.is_plain(x)
-        or os.environ.get("TORCHPOOL_BACKEND")
+        or forced.backend()
     ):
         return None
     shape, stride, watched = x.shape, x.stride(), ops.is_watched(x)

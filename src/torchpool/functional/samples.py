@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from torchpool import ops, ragged
+from torchpool import forced, ops, ragged
 from torchpool.functional.cases import check_types, is_fixed, pooled_axes, run_table
 from torchpool.reductions import Reduction
 from torchpool.windows import Global, Windows
@@ -108,7 +107,7 @@ def over_runs(
         and bounds.numel() > 1
         and ops.is_plain(x)
         and ragged.is_readable(bounds)
-        and not os.environ.get("TORCHPOOL_BACKEND")
+        and not forced.backend()
     )
     return ops.over_runs(x, reduction, dim, runs()) if is_frequent else None
 

@@ -171,7 +171,7 @@ def _values(tag: Any, lanes: int, column: int, divisor: float, plan: Plan) -> Jo
     if plan.is_leaf:
         arguments = lambda x, y: (tag, x, y, *geometry, *ends)  # noqa: E731
         return Job(leaf.leaf, plan.rows_out, arguments, plan.moved)
-    if plan.inner >= lanes and plan.taps <= plans.LARGE:
+    if plan.inner >= lanes and (plan.taps <= plans.LARGE or plan.is_apart):
         return Job(
             leaf.channels,
             plan.rows_out,

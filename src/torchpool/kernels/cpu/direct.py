@@ -68,8 +68,10 @@ from torchpool.kernels.cpu.simd import (
     converted,
     evens,
     gather,
+    half_of,
     highs,
     is_float,
+    joined,
     lane,
     lane_numbers,
     later_min,
@@ -403,6 +405,40 @@ def merge_window(tag, v, x, rows, found, window):
             live = lane_numbers(v) < stop - at
             v = choose(live, merge(tag, v, load_first(x, at, stop - at)), v)
     return v
+
+
+def merge_long_window(tag: Any, x: Any, rows: Any, found: Any, window: Any) -> Any:
+    """All elements of one long window, merged into the lanes of a vector."""
+
+
+@inlined(merge_long_window)
+def _merge_long_window(tag, x, rows, found, window):
+    if isinstance(x.dtype, types.Record):  # of which a vector is half a line or less
+        return lambda tag, x, rows, found, window: merge_window(
+            tag, splat(x, identity(tag, x)), x, rows, found, window
+        )
+    return _merge_by_halves
+
+
+def _merge_by_halves(tag, x, rows, found, window):
+    """Half a cache line at a time: processors that compute in halves of a line fetch it sooner."""
+    first, end, start = window
+    v = splat(x, identity(tag, x))
+    lanes, half = width(v), width(v) // 2
+    a = b = half_of(v)
+    for k in range(found):
+        at, stop = rows[k] + start + first, rows[k] + start + end
+        while at + 2 * lanes <= stop:
+            a = merge3(tag, a, load_as(x, at, a), load_as(x, at + lanes, a))
+            b = merge3(tag, b, load_as(x, at + half, b), load_as(x, at + lanes + half, b))
+            at += 2 * lanes
+        if at + lanes <= stop:
+            a, b = merge(tag, a, load_as(x, at, a)), merge(tag, b, load_as(x, at + half, b))
+            at += lanes
+        if at < stop:
+            live = lane_numbers(v) < stop - at
+            v = choose(live, merge(tag, v, load_first(x, at, stop - at)), v)
+    return merge(tag, v, joined(a, b))
 
 
 # Places: which windows the lanes of a vector are ------------------------------------------
@@ -844,7 +880,7 @@ def row_of_values(way, tag, x, weights, params, row, y, state, at, lines, geo, t
             v = none
             for i in range(count):
                 window = taps_of(geo, tab, 3, o + i)
-                one = merge_window(tag, none, x, rows, found, window)
+                one = merge_long_window(tag, x, rows, found, window)
                 v = choose(lane_numbers(v) == i, across(VALUE, tag, (one,))[0], v)
         store_first(y, at + o, scaled(v, counts, o, scale, tag, is_mean), count)
 

@@ -35,7 +35,7 @@ from torchpool.kernels.cpu.lines import (
     window_rows,
 )
 from torchpool.kernels.cpu.parts import COPYING, INNER, JIT, SELDOM
-from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, OUT, SIZE, STRIDE
+from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, LARGE, OUT, SIZE, STRIDE
 from torchpool.kernels.cpu.scalars import empty_buffer, identity, merge, merge3, over
 from torchpool.kernels.cpu.simd import (
     after1,
@@ -294,6 +294,31 @@ def windows_of_nine(tag, x, a, b, c, step, y, at, place, inner, counts, scale, i
 
 
 @njit(**INNER)
+def take_channels(tag, x, at, inner, buffer):
+    """Merges one place in all channels with those in the buffer."""
+    like = splat(x, 0)
+    for c in range(0, inner, width(x)):
+        v = load_some(x, at + c, inner - c)
+        store(buffer, c, merge(tag, load_as(buffer, c, like), v))
+
+
+@njit(**INNER)
+def long_windows(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean, buffer):
+    """Windows of many places: each is read once, in the order of memory, in all channels."""
+    lanes, step, none = width(x), geo[3, DILATION] * inner, splat(x, identity(tag, x))
+    for o in range(geo[3, OUT]):
+        first, end, start = taps_of(geo, tab, 3, o)
+        for c in range(0, inner, lanes):
+            store(buffer, c, none)
+        for k in range(found):
+            for j in range(first, end):
+                take_channels(tag, x, rows[k] + start * inner + j * step, inner, buffer)
+        for block in range(0, inner, lanes):
+            c = min(block, inner - lanes)
+            put_channels(y, at, o * inner + c, load_as(buffer, c, none), counts, scale, is_mean)
+
+
+@njit(**INNER)
 def any_windows(tag, x, rows, found, first_out, past, y, at, geo, tab, inner, counts, scale,
                 is_mean):  # fmt: skip
     """The outputs `first_out .. past - 1` of a row, of windows of any size."""
@@ -339,9 +364,10 @@ def channels(begin, end, tag, x, y, geo, tab, inner, column, fixed):
     rows, codes = np.empty(most, np.int64), np.empty(most, np.int64)
     o = np.empty(3, np.int64)
     is_mean = column >= 0
-    counts = empty_buffer(x, row)
+    counts, buffer = empty_buffer(x, row), empty_buffer(x, inner + width(x))
     if is_mean:
         count_row(counts, geo, tab, inner, column, fixed)
+    taps = geo[0, KERNEL] * geo[1, KERNEL] * geo[2, KERNEL] * geo[3, KERNEL]
     plane = split(begin, geo, OUT, o)
     for unit in range(begin, end):
         found = window_rows(geo, tab, o, plane, geo[3, SIZE] * inner, rows, codes)
@@ -349,7 +375,11 @@ def channels(begin, end, tag, x, y, geo, tab, inner, column, fixed):
         if is_mean and fixed == 0:
             scale = counts.dtype.type(lead_count(geo, tab, column, o))
         at = unit * row
-        row_of_channels(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean)
+        if taps > LARGE:
+            long_windows(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean,
+                         buffer)  # fmt: skip
+        else:
+            row_of_channels(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean)
         plane = advance(geo, OUT, o, plane)
 
 

@@ -92,14 +92,26 @@ class Plan(NamedTuple):
     @property
     def moved(self) -> float:
         """The share of inputs and outputs that is read and written."""
-        outs, ins = (math.prod(int(n) for n in self.geo[:, column]) for column in (OUT, SIZE))
+        outs, ins = self._sizes
         return (min(ins, outs * self.taps) + outs) / max(1, ins + outs)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether windows share so few elements that each may as well read its own."""
+        outs, ins = self._sizes
+        return outs * self.taps <= 1.5 * ins
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Outputs and inputs of a plane."""
+        outs, ins = (math.prod(int(n) for n in self.geo[:, column]) for column in (OUT, SIZE))
+        return outs, ins
 
     @property
     def scatters(self) -> bool:
         """Whether the gradient of a selection asks each window for its winner, not each element for
         its windows: which is quicker, by nanoseconds for each element as they were measured."""
-        outs, ins = (math.prod(int(n) for n in self.geo[:, column]) for column in (OUT, SIZE))
+        outs, ins = self._sizes
         share = outs / max(1, ins)
         if self.by_channel:
             apart = 1.2 + int(self.geo[lead_axis(self.geo), KERNEL]) * self.slab / FAR

@@ -697,6 +697,27 @@ def highs(typingctx: Any, a: Any, b: Any, span: Any) -> Any:
 
 
 @intrinsic
+def half_of(typingctx: Any, vector: Any) -> Any:
+    """The first half of the lanes of a vector, as a vector of its own."""
+    half = Vector(vector.dtype, vector.lanes // 2)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _shuffled(builder, args[0], args[0], list(range(half.lanes)))
+
+    return half(vector), build
+
+
+@intrinsic
+def joined(typingctx: Any, a: Any, b: Any) -> Any:
+    """Two halves as one vector."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _shuffled(builder, args[0], args[1], list(range(2 * a.lanes)))
+
+    return Vector(a.dtype, 2 * a.lanes)(a, b), build
+
+
+@intrinsic
 def lane(typingctx: Any, vector: Any, i: Any) -> Any:
     """One element of a vector."""
 
