@@ -15,6 +15,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
@@ -56,6 +57,21 @@ def test_compiled_equals_eager(reduction, dynamic):
         torch.testing.assert_close(compiled(a), run(b))
         (ga,), (gb,) = torch.autograd.grad(compiled(a), a), torch.autograd.grad(run(b), b)
         torch.testing.assert_close(ga, gb)
+
+
+@pytest.mark.parametrize(
+    "layer", [tp.nn.MaxPool2d(2), tp.nn.Pool(tp.Max(), tp.Window(2))], ids=["drop-in", "Pool"]
+)
+def test_nothing_is_compiled_twice(layer):
+    """A float of a signature or a layer, as a `fill` of 0.0, is taken for an input that may change,
+    and the graph is made again once it turns out not to be one."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for size in ((2, 3, 9, 11), (2, 3, 12, 14)):
+        x = torch.randn(size)
+        assert torch.equal(compiled(x), layer(x))
+    assert counter.frame_count == 1
 
 
 def test_a_compiled_graph_holds_our_operators(monkeypatch):

@@ -532,8 +532,10 @@ def test_gradients(layer):
 def test_compile_copy_pickle_and_unbatched(layer):
     x = torch.rand(2, 3, 8, 9)
     expected = layer(x)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
+    for dynamic, backend in ((False, "eager"), (True, "aot_eager")):
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
+        torch.testing.assert_close(compiled(x), expected)
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(again(x), expected)
     wide = x.to(memory_format=torch.channels_last)

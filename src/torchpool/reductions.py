@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -168,9 +167,10 @@ def _check_parameter(reduction: Reduction, least: float | None = None) -> None:
     value, name = reduction.value, f"{type(reduction).__name__}: {reduction.parameter}"
     if isinstance(value, (bool, str)) or value is None:
         raise TypeError(f"{name}={value!r} must be a number or a tensor")
-    if isinstance(value, (int, float)) and (
-        math.isnan(value) or (least is not None and value <= least)
-    ):
+    if not isinstance(value, (int, float)):
+        return
+    is_number = value <= 0 or value >= 0  # torch.compile cannot ask math.isnan of a layer's number
+    if not is_number or (least is not None and value <= least):
         bound = "" if least is None else f" greater than {least}"
         raise ValueError(f"{name}={value!r} must be a number{bound}")
 

@@ -65,7 +65,7 @@ def segment_pool(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     return_indices: bool = False,
-    fill: float = 0.0,
+    fill: float = 0,
 ) -> Any:
     """Turns each segment of rows into one row.
 
@@ -144,7 +144,7 @@ def segment_quantile(
     num_segments: int | None = None,
     dim: int = 0,
     interpolation: str = "linear",
-    fill: float = 0.0,
+    fill: float = 0,
 ) -> Tensor:
     """The q-th quantile of each segment, by sorting all rows at once by segment and value.
 
@@ -184,7 +184,7 @@ def segment_median(
     index: Tensor | None = None,
     num_segments: int | None = None,
     dim: int = 0,
-    fill: float = 0.0,
+    fill: float = 0,
 ) -> Tensor:
     """The median of each segment; of an even number of elements the lower of the two in the middle,
     as `torch.median`.

@@ -254,7 +254,7 @@ def _params(reduction: Any, x: Tensor) -> Tensor | None:
     if not isinstance(value, Tensor):
         return torch.full((1,), value, dtype=dtype, device=x.device)
     name = reduction.parameter
-    if value.numel() not in (1, x.shape[1]):
+    if value.numel() != 1 and value.numel() != x.shape[1]:  # in a tuple torch.compile finds no size
         raise ValueError(
             f"{name} of shape {tuple(value.shape)} must have one "
             f"value, or one per channel: {x.shape[1]}"

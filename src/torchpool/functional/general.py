@@ -31,7 +31,7 @@ def pool(
     padding_side: str = "right",
     offsets: Tensor | None = None,
     return_indices: bool = False,
-    fill: float = 0.0,
+    fill: float = 0,
 ) -> Any:
     """Slides windows over x and turns each into one value.
 

@@ -70,7 +70,7 @@ class Pool(nn.Module):
         *,
         channels: int | None = None,
         dims: Dims = None,
-        fill: float = 0.0,
+        fill: float = 0,
     ) -> None:
         super().__init__()
         _check_windows(windows)
@@ -256,7 +256,7 @@ class Mixed(_MaxMean):
         mix = self.mix
         if not isinstance(mix, Tensor):
             return torch.full((), mix, dtype=x.dtype, device=x.device)
-        if mix.numel() not in (1, x.shape[1]):
+        if mix.numel() != 1 and mix.numel() != x.shape[1]:
             raise ValueError(
                 f"Mixed was built for channels={self.channels}, but x has {x.shape[1]} channels"
             )
@@ -322,7 +322,7 @@ class Gated(_MaxMean):
                 f"Gated was built for {self.num_axes} pooled axes, but x has {len(sizes)}: build "
                 f"it with num_axes={len(sizes)}"
             )
-        if self.channels not in (None, x.shape[1]):
+        if self.channels is not None and self.channels != x.shape[1]:
             raise ValueError(
                 f"Gated was built for channels={self.channels}, but x has {x.shape[1]} channels"
             )

@@ -85,7 +85,7 @@ class OverTime(nn.Module):
     """
 
     def __init__(
-        self, *, layout: str = "NCT", padding_side: str = "right", fill: float = 0.0
+        self, *, layout: str = "NCT", padding_side: str = "right", fill: float = 0
     ) -> None:
         super().__init__()
         check_choice("layout", layout, LAYOUTS)
