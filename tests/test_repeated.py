@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import torchpool as tp
-from torchpool import functional, ops
+from torchpool import functional
 from torchpool.functional.general import _ready_call
 from torchpool.functional.torch_names import _known_window
+from torchpool.ops import backends
 
 PAIRS = [
     (lambda x: tp.pool(x, tp.Max(), tp.Window(3, 2, 1)), lambda x: F.max_pool2d(x, 3, 2, 1)),
@@ -162,7 +163,7 @@ def test_a_repeated_call_is_not_prepared_again():
 
 
 def test_a_call_that_no_backend_prepares_is_remembered_too(monkeypatch):
-    monkeypatch.setitem(ops._FIRST, "cpu", "reference")
+    monkeypatch.setitem(backends._FIRST, "cpu", "reference")
     _ready_call.cache_clear()
     for reduction, pool in (
         (tp.Max(), F.max_pool2d),
