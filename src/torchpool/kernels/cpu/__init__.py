@@ -25,6 +25,7 @@ from torchpool.kernels.cpu import (
     planes,
     scatter,
     shared,
+    slopes,
     sweep,
     tables,
     threads,
@@ -781,7 +782,7 @@ def _by_parameter(
     last = plan.channels_last
     by_p = np.empty(plan.rows_out * plan.inner, params.dtype)
     threads.run(
-        direct.by_parameter,
+        slopes.by_parameter,
         plan.rows_out,
         _WORK * grad.numel() * plan.taps,
         _way(plan),

@@ -17,17 +17,7 @@ from numba.extending import overload
 from torchpool.kernels.cpu import formulas
 from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.constants import constants
-from torchpool.kernels.cpu.direct import (
-    ByChannel,
-    ByOutput,
-    ByWindow,
-    Outputs,
-    fill_parameters,
-    fits,
-    kept_sums,
-    parameter,
-    strided,
-)
+from torchpool.kernels.cpu.direct import ByChannel, ByOutput, ByWindow, fill_parameters, parameter
 from torchpool.kernels.cpu.formulas import (
     alike,
     finish_grad,
@@ -70,7 +60,9 @@ from torchpool.kernels.cpu.simd import (
     store_first,
     width,
 )
+from torchpool.kernels.cpu.slopes import kept_sums
 from torchpool.kernels.cpu.taking import dot
+from torchpool.kernels.cpu.visits import Outputs, fits, strided
 
 
 @njit(**INNER)

@@ -24,14 +24,7 @@ from torchpool.kernels.cpu.lines import (
 from torchpool.kernels.cpu.parts import APART, INNER, JIT
 from torchpool.kernels.cpu.plan import BEFORE, KERNEL, OUT, SIZE
 from torchpool.kernels.cpu.scalars import empty_buffer, identity, merge
-from torchpool.kernels.cpu.simd import (
-    choose,
-    lane_numbers,
-    load_as,
-    splat,
-    store,
-    width,
-)
+from torchpool.kernels.cpu.simd import choose, lane_numbers, load_as, splat, store, width
 from torchpool.kernels.cpu.sweep import grown, stretches
 
 

@@ -16,16 +16,7 @@ import numpy as np
 from numba import njit
 
 from torchpool.kernels.cpu.constants import constants
-from torchpool.kernels.cpu.direct import (
-    ByChannel,
-    Inner,
-    Outputs,
-    alike_from,
-    solve,
-    strided,
-    with_window,
-    write,
-)
+from torchpool.kernels.cpu.direct import ByChannel, alike_from, solve, with_window, write
 from torchpool.kernels.cpu.formulas import finish, lift, neutral, num_sums, sums_of
 from torchpool.kernels.cpu.lines import (
     advance,
@@ -54,6 +45,7 @@ from torchpool.kernels.cpu.simd import (
     store,
     width,
 )
+from torchpool.kernels.cpu.visits import Inner, Outputs, strided
 
 LEAST, MOST = 1e-7, 1e7
 """The sums of windows whose elements are precise against the neutral anchor."""

@@ -24,15 +24,10 @@ from torchpool.kernels.cpu.backward import (
 )
 from torchpool.kernels.cpu.direct import (
     ByChannel,
-    Inner,
-    Tabled,
-    Whole,
     fill_parameters,
-    merge_window,
     nothing_kept,
     parameter,
     scaled,
-    slope,
     solve,
     with_window,
     write,
@@ -52,7 +47,9 @@ from torchpool.kernels.cpu.simd import (
     turned,
     width,
 )
+from torchpool.kernels.cpu.slopes import slope
 from torchpool.kernels.cpu.taking import VALUE, across
+from torchpool.kernels.cpu.visits import Inner, Tabled, Whole, merge_window
 
 SHORT = 16
 """A window of fewer taps is a lane of its own; one of more is read along itself."""
