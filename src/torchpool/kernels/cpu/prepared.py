@@ -183,7 +183,7 @@ class _ReadyFormula:
                 self._arrays,
             )
 
-    def arrays_of(self, kept: Tensor, *others: Tensor) -> tuple[Any, ...]:
+    def _arrays(self, kept: Tensor, *others: Tensor) -> tuple[Any, ...]:
         return kept.numpy(), *(flat(t, self._last) for t in others)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
