@@ -32,7 +32,7 @@ from torchpool import (
     pool,
 )
 from torchpool.kernels import cpu, layout, reference
-from torchpool.kernels.cpu import formulas, parts, scalars, shares, simd, threads
+from torchpool.kernels.cpu import formulas, parts, prepared, scalars, shares, simd, threads
 from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.plan import COLUMNS, Plan
 from torchpool.reductions import Accumulation, exp, log
@@ -808,7 +808,7 @@ def test_nothing_is_written_beside_the_result(dtype, channels_last, monkeypatch)
         return any(inside == buffer.data_ptr() for buffer in buffers)
 
     monkeypatch.setattr(layout, "empty", guarded_like)
-    monkeypatch.setattr(cpu, "unwritten", guarded)
+    monkeypatch.setattr(prepared, "unwritten", guarded)
     x = torch.randn(2, 3, 7, 9).to(dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     x.requires_grad_()

@@ -84,7 +84,7 @@ def linear_softmax(layer, x):
 def k_max(layer, x):
     n = x.shape[1]
     kept = max(layer.k, math.ceil(round(layer.ratio * n, 9)))
-    out = np.full((len(x), kept), layer.fill)
+    out = np.full((len(x), kept), float(layer.fill))
     for c, row in enumerate(x):
         best = sorted(range(n), key=lambda i: (-row[i], i))[:kept]
         for place, i in enumerate(sorted(best)):
