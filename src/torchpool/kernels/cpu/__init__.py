@@ -367,7 +367,7 @@ def _by_parameter(
         slopes.by_parameter,
         plan.rows_out,
         WORK * grad.numel() * plan.taps,
-        way_of(plan),
+        way_of(plan, plan.taps),
         tag,
         flat(grad, last),
         x,

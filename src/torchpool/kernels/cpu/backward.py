@@ -61,7 +61,7 @@ from torchpool.kernels.cpu.simd import (
     width,
 )
 from torchpool.kernels.cpu.slopes import kept_sums
-from torchpool.kernels.cpu.taking import dot
+from torchpool.kernels.cpu.taking import dot, plus
 from torchpool.kernels.cpu.visits import Outputs, fits, strided
 
 
@@ -120,7 +120,7 @@ def _fill_derivatives(tag, shares, codes, at, g, state, row, count, size, counts
         a = load_first(state, row + i, left)
         n = load_first(state, (slots + 1) * size + row + i, left)
         v = load_first(g, row + i, left)
-        s = kept_sums(tag, Outputs(0, 0), state, row + i, left, size, v)
+        s = kept_sums(tag, Outputs(0, 0, None), state, row + i, left, size, v)
         q = parameter(params, p, i, v)
         d, dn, _ = finish_grad(tag, s, n, a, q)
         store_terms(shares, at + i, d, v, left)
@@ -265,7 +265,7 @@ def send(
 @inlined(send)
 def _send(tag, total, shares, codes, at, code, x, weight, p):
     if tag.instance_class is Spread:
-        return lambda tag, total, shares, codes, at, code, x, weight, p: added(
+        return lambda tag, total, shares, codes, at, code, x, weight, p: plus(
             total, load_shares(tag.formula, shares, at, x)
         )
     if tag.instance_class is Probe:
@@ -306,25 +306,6 @@ def _is_zero(terms):
         lambda terms: (terms[0] == 0) & (terms[1] == 0),
         lambda terms: (terms[0] == 0) & (terms[1] == 0) & (terms[2] == 0),
         lambda terms: (terms[0] == 0) & (terms[1] == 0) & (terms[2] == 0) & (terms[3] == 0),
-    )[len(terms) - 1]
-
-
-def added(total: Any, terms: Any) -> Any:
-    """The sums of two tuples."""
-
-
-@inlined(added)
-def _added(total, terms):
-    return (
-        lambda total, terms: (total[0] + terms[0],),
-        lambda total, terms: (total[0] + terms[0], total[1] + terms[1]),
-        lambda total, terms: (total[0] + terms[0], total[1] + terms[1], total[2] + terms[2]),
-        lambda total, terms: (
-            total[0] + terms[0],
-            total[1] + terms[1],
-            total[2] + terms[2],
-            total[3] + terms[3],
-        ),
     )[len(terms) - 1]
 
 

@@ -21,6 +21,7 @@ from torchpool.kernels.cpu import (
     sweep,
     tables,
     threads,
+    visits,
 )
 from torchpool.kernels.cpu import plan as plans
 from torchpool.kernels.cpu.arrays import flat, holds_integers, lanes_of, whole
@@ -48,13 +49,15 @@ def plan_of(x: Tensor, axes: Sequence[Axis], channels_last: bool, joins: bool = 
     return plans.plan(tuple(axes), n, c, channels_last, joins)
 
 
-def way_of(plan: Plan) -> Any:
-    """What the lanes of vectors are."""
+def way_of(plan: Plan, added: int = 0) -> Any:
+    """What the lanes of vectors are, and how many of the elements of a window, of which so many are
+    to be added, are added one after another."""
+    chain = None if added <= visits.CHAIN else int(visits.chain.py_func(added))
     if plan.by_channel:
-        return direct.ByChannel()
+        return direct.ByChannel(chain)
     if plan.by_list:
         return direct.ByList()
-    return direct.ByWindow() if plan.by_window else direct.ByOutput()
+    return direct.ByWindow(chain) if plan.by_window else direct.ByOutput(chain)
 
 
 def divisor_of(reduction: Accumulation) -> tuple[int, float]:
@@ -107,8 +110,9 @@ def values(tag: Any, lanes: int, column: int, divisor: float, plan: Plan) -> Job
             lambda x, y: (tag, x, y, *geometry, plan.inner, *ends),
             plan.moved,
         )
-    way = way_of(plan)
     if not (plan.is_large and plan.overlaps):
+        adds = tag is TOTAL and not plan.by_window
+        way = way_of(plan, int(plan.geo[3, plans.KERNEL]) if adds else 0)
         return Job(
             leaf.merged, plan.rows_out, lambda x, y: (way, tag, x, y, *geometry, plan.inner, *ends)
         )
@@ -134,7 +138,7 @@ def winners(tag: Any, channels: int, plan: Plan) -> Job:
 
 def directly(tag: Any, channels: int, column: int, divisor: float, plan: Plan) -> Job:
     """The kernel of any windows; its arrays are x, y, what is kept, weights and parameters."""
-    way = way_of(plan)
+    way = way_of(plan, 0 if isinstance(tag, (Largest, Smallest)) else plan.taps)
     options = plan.geo, plan.tab, plan.inner, channels, plan.planes_each, column, divisor
 
     def arguments(
@@ -158,7 +162,7 @@ def of_formula(
     tag = formulas.tag(kind, numbers)
     if weighs or not (kind.shares and plan.slots and _is_usual(kind, numbers)):
         return directly(tag, channels, *divisor_of(reduction), plan)
-    way, options = way_of(plan), (plan.geo, plan.tab, plan.inner, plan.slots)
+    way, options = way_of(plan, plan.taps), (plan.geo, plan.tab, plan.inner, plan.slots)
     return Job(
         shared.shared,
         plan.rows_out,

@@ -320,7 +320,7 @@ def side_by_side(way: Any, o: Any, count: Any, geo: Any, tab: Any) -> Any:
 @inlined(side_by_side)
 def _side_by_side(way, o, count, geo, tab):
     if way.instance_class is ByOutput:
-        return lambda way, o, count, geo, tab: Outputs(o, count)
+        return lambda way, o, count, geo, tab: Outputs(o, count, way.chain)
     return lambda way, o, count, geo, tab: Listed(
         0, o, count, geo[3, START], geo[3, TAPS], geo[3, STEPS], tab
     )
@@ -362,7 +362,7 @@ def row_of_channels(way, tag, x, weights, params, row, y, state, at, lines, geo,
         for c in range(0, run, width(like)):
             ahead = request(x, ahead, ask)
             count = min(width(like), run - c)
-            place = Inner(first, end, start, geo[3, DILATION], c, count, inner)
+            place = Inner(first, end, start, geo[3, DILATION], c, count, inner, way.chain)
             p = parameter(params, row, c, like)
             v, kept = solve(place, tag, x, weights, lines, state, geo, p, pads, o, fixed, is_mean)
             i = o * inner + c
@@ -384,7 +384,7 @@ def row_of_windows(way, tag, x, weights, params, row, y, state, at, lines, geo, 
         v, kept = like, nothing_kept(tag, like, state)
         for i in range(count):
             first, end, start = taps_of(geo, tab, 3, o + i)
-            place = Whole(first, end, start)
+            place = Whole(first, end, start, way.chain)
             found = solve(place, tag, x, weights, lines, state, geo, p, pads, o + i, fixed, is_mean)
             v, kept = with_window(lanes == i, found, (v, kept))
         write(y, state, at + o, v, kept, count, counts, o, scale, tag, is_mean)
@@ -495,21 +495,21 @@ def _with_window(lane, found, held):
 
 
 class ByOutput(NamedTuple):
-    """Way: lanes are windows side by side."""
+    """Way: lanes are windows side by side. For `chain` see their places."""
 
-    unit: int = 0
+    chain: Any = None
 
 
 class ByChannel(NamedTuple):
     """Way: lanes are channels."""
 
-    unit: int = 0
+    chain: Any = None
 
 
 class ByWindow(NamedTuple):
     """Way: lanes are elements of one window."""
 
-    unit: int = 0
+    chain: Any = None
 
 
 class ByList(NamedTuple):

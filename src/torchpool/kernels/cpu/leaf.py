@@ -34,7 +34,7 @@ from torchpool.kernels.cpu.lines import (
     window_levels,
     window_rows,
 )
-from torchpool.kernels.cpu.parts import COPYING, INNER, JIT, SELDOM
+from torchpool.kernels.cpu.parts import APART, COPYING, INNER, JIT, SELDOM
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, LARGE, OUT, SIZE, STRIDE
 from torchpool.kernels.cpu.scalars import empty_buffer, identity, merge, merge3, over
 from torchpool.kernels.cpu.simd import (
@@ -46,11 +46,13 @@ from torchpool.kernels.cpu.simd import (
     lane_numbers,
     load,
     load_as,
+    load_first,
     odds,
     splat,
     store,
     width,
 )
+from torchpool.kernels.cpu.visits import chain
 
 
 @njit(**INNER)
@@ -296,26 +298,72 @@ def windows_of_nine(tag, x, a, b, c, step, y, at, place, inner, counts, scale, i
 @njit(**INNER)
 def take_channels(tag, x, at, inner, buffer):
     """Merges one place in all channels with those in the buffer."""
-    like = splat(x, 0)
-    for c in range(0, inner, width(x)):
-        v = load_some(x, at + c, inner - c)
+    like, c = splat(x, 0), 0
+    end = min(inner, x.size - at - width(x) + 1)
+    while c < end:
+        store(buffer, c, merge(tag, load_as(buffer, c, like), load(x, at + c)))
+        c += width(x)
+    if c < inner:
+        v = load_first(x, at + c, inner - c)
         store(buffer, c, merge(tag, load_as(buffer, c, like), v))
 
 
 @njit(**INNER)
+def empty_row(tag, x, buffer, inner):
+    none = splat(x, identity(tag, x))
+    for c in range(0, inner, width(x)):
+        store(buffer, c, none)
+
+
+@njit(**APART)
+def many_places(tag, x, rows, found, first, end, begin, step, inner, buffer):
+    """As in `long_windows`; behind the buffer's row of channels lies one for the places that are
+    merged one after another."""
+    some = buffer[buffer.size // 2 :]
+    empty_row(tag, x, some, inner)
+    most, taken = max(LONG, chain(found * (end - first))), 0
+    for k in range(found):
+        for j in range(first, end):
+            take_channels(tag, x, rows[k] + begin + j * step, inner, some)
+            taken += 1
+            if taken == most:
+                put_together(tag, x, some, inner, buffer)
+                taken = 0
+    put_together(tag, x, some, inner, buffer)
+
+
+@njit(**SELDOM)
+def put_together(tag, x, some, inner, buffer):
+    """Merges a row of channels with that in the buffer, and empties it."""
+    like = splat(x, 0)
+    for c in range(0, inner, width(x)):
+        store(buffer, c, merge(tag, load_as(buffer, c, like), load_as(some, c, like)))
+    empty_row(tag, x, some, inner)
+
+
+LONG = 256
+"""So many places are merged one after another at least: each time that it ends, memory is read in
+vain for some time."""
+
+
+@njit(**INNER)
 def long_windows(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean, buffer):
-    """Windows of many places: each is read once, in the order of memory, in all channels."""
-    lanes, step, none = width(x), geo[3, DILATION] * inner, splat(x, identity(tag, x))
+    """Windows of many places: each is read once, in the order of memory, in all channels, and
+    merged into a row of them."""
+    lanes, step, like = width(x), geo[3, DILATION] * inner, splat(x, 0)
     for o in range(geo[3, OUT]):
         first, end, start = taps_of(geo, tab, 3, o)
-        for c in range(0, inner, lanes):
-            store(buffer, c, none)
-        for k in range(found):
-            for j in range(first, end):
-                take_channels(tag, x, rows[k] + start * inner + j * step, inner, buffer)
+        begin = start * inner
+        empty_row(tag, x, buffer, inner)
+        if found * (end - first) > LONG:
+            many_places(tag, x, rows, found, first, end, begin, step, inner, buffer)
+        else:
+            for k in range(found):
+                for j in range(first, end):
+                    take_channels(tag, x, rows[k] + begin + j * step, inner, buffer)
         for block in range(0, inner, lanes):
             c = min(block, inner - lanes)
-            put_channels(y, at, o * inner + c, load_as(buffer, c, none), counts, scale, is_mean)
+            put_channels(y, at, o * inner + c, load_as(buffer, c, like), counts, scale, is_mean)
 
 
 @njit(**INNER)
@@ -364,7 +412,7 @@ def channels(begin, end, tag, x, y, geo, tab, inner, column, fixed):
     rows, codes = np.empty(most, np.int64), np.empty(most, np.int64)
     o = np.empty(3, np.int64)
     is_mean = column >= 0
-    counts, buffer = empty_buffer(x, row), empty_buffer(x, inner + width(x))
+    counts, buffer = empty_buffer(x, row), empty_buffer(x, 2 * (inner + width(x)))
     if is_mean:
         count_row(counts, geo, tab, inner, column, fixed)
     taps = geo[0, KERNEL] * geo[1, KERNEL] * geo[2, KERNEL] * geo[3, KERNEL]
@@ -430,8 +478,8 @@ def merge_more(tag, x, rows, begin, end, size, buffer):
     like = splat(x, 0)
     at = begin
     while at + width(x) <= end:
-        v = merge3(tag, load_as(buffer, at, like), load(x, r0 + at), load(x, r1 + at))
-        store(buffer, at, merge3(tag, v, load(x, r2 + at), load(x, r3 + at)))
+        v = merge3(tag, load(x, r0 + at), load(x, r1 + at), load(x, r2 + at))
+        store(buffer, at, merge3(tag, load_as(buffer, at, like), v, load(x, r3 + at)))
         at += width(x)
     if at < end:
         v = within(tag, x, rows, FEW, at, size)

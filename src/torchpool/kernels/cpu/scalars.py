@@ -170,14 +170,23 @@ def _element(x, i):
 
 
 def empty_buffer(like: Any, size: int) -> Any:
-    """An uninitialised array of the format that `like` is computed in, beginning where a vector
-    may."""
+    """An uninitialised array of the format that `like` is computed in, beginning where a cache line
+    does: what is written across two lines is slow to be read again."""
 
 
 @overload(empty_buffer)
 def _empty_buffer(like, size):
     dtype = simd.computed(like.dtype)
-    return lambda like, size: np.empty(size, dtype)
+    width = dtype.bitwidth // 8
+    line = simd.LINE
+    spare = line // width
+
+    def aligned(like, size):
+        room = np.empty(size + spare, dtype)
+        start = -room.ctypes.data % line // width
+        return room[start : start + size]
+
+    return aligned
 
 
 # Elementary functions -----------------------------------------------------------------

@@ -45,7 +45,7 @@ from torchpool.kernels.cpu.simd import (
     store,
     width,
 )
-from torchpool.kernels.cpu.visits import Inner, Outputs, strided
+from torchpool.kernels.cpu.visits import CHAIN, Inner, Outputs, is_long, strided
 
 LEAST, MOST = 1e-7, 1e7
 """The sums of windows whose elements are precise against the neutral anchor."""
@@ -159,28 +159,53 @@ def total_at(place: Any, kept: Any, term: Any, places: Any, found: Any, geo: Any
 
 @inlined(total_at)
 def _total_at(place, kept, term, places, found, geo, like):
-    if place.instance_class is Inner:
-
-        def of_channels(place, kept, term, places, found, geo, like):
-            first, end, start, step, c, _, inner = place
-            begin, total = term * kept.numbers.size * kept.line + c, like
-            for k in range(found):
-                for j in range(first, end):
-                    at = begin + places[k] + (start + j * step) * inner
-                    total += load(kept.lifted, at)
-            return total
-
-        return of_channels
-
-    def of_outputs(place, kept, term, places, found, geo, like):
-        stride, step = geo[3, STRIDE], geo[3, DILATION]
-        begin, total = term * kept.numbers.size * kept.line + place.o * stride, like
+    def plainly(place, kept, term, places, found, geo, like):
+        offset, taps, step, stride = taps_at(place, geo)
+        begin, total = term * kept.numbers.size * kept.line + offset, like
         for k in range(found):
-            for j in range(geo[3, KERNEL]):
-                total += strided(kept.lifted, begin + places[k] + j * step, stride, like)
+            total = add_run(total, kept.lifted, begin + places[k], taps, step, stride)
         return total
 
-    return of_outputs
+    def in_pieces(place, kept, term, places, found, geo, like):
+        offset, taps, step, stride = taps_at(place, geo)
+        begin, total = term * kept.numbers.size * kept.line + offset, like
+        for k in range(found):
+            for j in range(0, taps, CHAIN):
+                at, count = begin + places[k] + j * step, min(CHAIN, taps - j)
+                total += add_run(like, kept.lifted, at, count, step, stride)
+        return total
+
+    return in_pieces if is_long(place) else plainly
+
+
+def taps_at(place: Any, geo: Any) -> Any:
+    """Where the windows at a place begin in each row, how many taps they have there, how far apart
+    those are, and how far apart the windows are."""
+
+
+@inlined(taps_at)
+def _taps_at(place, geo):
+    if place.instance_class is Outputs:
+        return lambda place, geo: (
+            place.o * geo[3, STRIDE],
+            geo[3, KERNEL],
+            geo[3, DILATION],
+            geo[3, STRIDE],
+        )
+
+    def of_channels(place, geo):
+        first, end, start, step, c, _, inner, _ = place
+        return (start + first * step) * inner + c, end - first, step * inner, 1
+
+    return of_channels
+
+
+@njit(**INNER)
+def add_run(total, lifted, at, taps, step, stride):
+    """The total with some taps of one row added."""
+    for j in range(taps):
+        total += strided(lifted, at + j * step, stride, total)
+    return total
 
 
 @njit(**SELDOM)
@@ -223,8 +248,8 @@ def row_of_outputs(way, tag, x, p, y, state, at, lines, geo, tab, inner, kept, p
         ahead = request(x, ahead, ask)
         count = min(width(x), geo[3, OUT] - o)
         n = load_as(counts, o, p) * lead
-        v, found = solve_shared(Outputs(o, count), count, tag, x, lines, state, geo, p, kept,
-                                places, n, counts)  # fmt: skip
+        place = Outputs(o, count, way.chain)
+        v, found = solve_shared(place, count, tag, x, lines, state, geo, p, kept, places, n, counts)
         write(y, state, at + o, v, found, count, counts, o, lead, tag, False)
 
 
@@ -240,7 +265,7 @@ def row_of_channels(way, tag, x, p, y, state, at, lines, geo, tab, inner, kept, 
         for c in range(0, run, width(x)):
             ahead = request(x, ahead, ask)
             count = min(width(x), run - c)
-            place = Inner(first, end, start, geo[3, DILATION], c, count, inner)
+            place = Inner(first, end, start, geo[3, DILATION], c, count, inner, way.chain)
             v, found = solve_shared(place, count, tag, x, lines, state, geo, p, kept, places, n,
                                     counts)  # fmt: skip
             i = o * inner + c

@@ -105,7 +105,7 @@ def slopes_of_outputs(way, tag, g, x, weights, row, state, by_p, to, at, lines, 
     total = like
     for o in range(0, geo[3, OUT], width(like)):
         count = min(width(like), geo[3, OUT] - o)
-        place = Outputs(o, count)
+        place = Outputs(o, count, way.chain)
         total += slope(place, tag, g, x, weights, lines, state, at + o, count, g.size, geo, p)
     by_p[to] += lane(total_of(total), 0)
 
@@ -116,7 +116,7 @@ def slopes_of_channels(way, tag, g, x, weights, row, state, by_p, to, at, lines,
         first, end, start = taps_of(geo, tab, 3, o)
         for c in range(0, inner, width(like)):
             count = min(width(like), inner - c)
-            place = Inner(first, end, start, geo[3, DILATION], c, count, inner)
+            place = Inner(first, end, start, geo[3, DILATION], c, count, inner, way.chain)
             i = at + o * inner + c
             p = load_as(row, c, like)
             v = slope(place, tag, g, x, weights, lines, state, i, count, g.size, geo, p)
@@ -129,7 +129,7 @@ def slopes_of_windows(way, tag, g, x, weights, row, state, by_p, to, at, lines, 
     p = load_as(row, 0, like)
     for o in range(geo[3, OUT]):
         first, end, start = taps_of(geo, tab, 3, o)
-        place = Whole(first, end, start)
+        place = Whole(first, end, start, way.chain)
         v = slope(place, tag, g, x, weights, lines, state, at + o, 1, g.size, geo, p)
         by_p[to] += lane(v, 0)
 

@@ -49,7 +49,7 @@ from torchpool.kernels.cpu.simd import (
 )
 from torchpool.kernels.cpu.slopes import slope
 from torchpool.kernels.cpu.taking import VALUE, across
-from torchpool.kernels.cpu.visits import Inner, Tabled, Whole, merge_window
+from torchpool.kernels.cpu.visits import Inner, Tabled, Whole, chain, merge_window
 
 SHORT = 16
 """A window of fewer taps is a lane of its own; one of more is read along itself."""
@@ -83,10 +83,12 @@ def _along(tag, x, weights, lines, state, window, p, pads, o, fixed, is_mean):
             return across(VALUE, tag, (v,))[0], None
 
         return merged
-    return lambda tag, x, weights, lines, state, window, p, pads, o, fixed, is_mean: solve(
-        Whole(0, window[1], window[0]), tag, x, weights, lines, state, None, p, pads, o, fixed,
-        is_mean,
-    )  # fmt: skip
+
+    def solved(tag, x, weights, lines, state, window, p, pads, o, fixed, is_mean):
+        place = Whole(0, window[1], window[0], chain(window[1] // width(x)))
+        return solve(place, tag, x, weights, lines, state, None, p, pads, o, fixed, is_mean)
+
+    return solved
 
 
 @njit(**INNER)
@@ -183,6 +185,17 @@ def part_of_plane(tag, x, weights, q, y, state, at, lines, table, step, room, pa
 @njit(**INNER)
 def four_of_window(tag, x, at, taps, step):
     """Four vectors of inner elements of one window from `at` on, merged tap by tap."""
+    a = b = c = d = splat(x, identity(tag, x))
+    most = chain(taps)
+    for j in range(0, taps, most):
+        e, f, g, h = four_of_run(tag, x, at + j * step, min(most, taps - j), step)
+        a, b, c, d = merge(tag, a, e), merge(tag, b, f), merge(tag, c, g), merge(tag, d, h)
+    return a, b, c, d
+
+
+@njit(**INNER)
+def four_of_run(tag, x, at, taps, step):
+    """The same of taps that are merged one after another."""
     lanes = width(x)
     a = b = c = d = splat(x, identity(tag, x))
     j = 0
@@ -283,7 +296,7 @@ def block_of_window(tag, x, weights, params, row, y, state, at, lines, window, s
                       scale, is_mean)  # fmt: skip
     for k in range(done, end, width(like)):
         left = min(width(like), inner - k)
-        place = Inner(0, count, first, step, k, left, inner)
+        place = Inner(0, count, first, step, k, left, inner, chain(count))
         p = parameter(params, row, k, like)
         v, kept = solve(place, tag, x, weights, lines, state, None, p, pads, 0, fixed, is_mean)
         if count == 0:
@@ -592,7 +605,8 @@ def slopes_of_windows(way, tag, g, x, weights, params, row, state, by_p, plane, 
         store_first(by_p, at, v, end - o)
         for i in range(o, end if others else o):
             if is_along(step, table[i, COUNT]):
-                one = Whole(0, table[i, COUNT], table[i, FIRST])
+                count = table[i, COUNT]
+                one = Whole(0, count, table[i, FIRST], chain(count // width(x)))
                 to = plane * outs + i
                 v = slope(one, tag, g, x, weights, lines, state, to, 1, g.size, None, p)
                 by_p[to] = lane(v, 0)
@@ -605,7 +619,8 @@ def slopes_of_channels(way, tag, g, x, weights, params, row, state, by_p, plane,
     o, begin = part // blocks, part % blocks * BLOCK
     for c in range(begin, min(begin + BLOCK, inner), width(like)):
         left, at = min(width(like), inner - c), (plane * table.shape[0] + o) * inner + c
-        place = Inner(0, table[o, COUNT], table[o, FIRST], step, c, left, inner)
+        count = table[o, COUNT]
+        place = Inner(0, count, table[o, FIRST], step, c, left, inner, chain(count))
         p = parameter(params, row, c, like)
         v = slope(place, tag, g, x, weights, lines, state, at, left, g.size, None, p)
         store_first(by_p, at, v, left)

@@ -19,7 +19,7 @@ from torchpool.kernels.cpu.formulas import (
     lift_dp,
 )
 from torchpool.kernels.cpu.parts import INNER, inlined
-from torchpool.kernels.cpu.scalars import beats, identity, merge, outdoes
+from torchpool.kernels.cpu.scalars import Total, beats, identity, merge, outdoes
 from torchpool.kernels.cpu.simd import (
     choose,
     lane_numbers,
@@ -299,6 +299,45 @@ def amount(weight: Any) -> Any:
 @inlined(amount)
 def _amount(weight):
     return (lambda weight: 1.0) if weight == types.none else (lambda weight: weight)
+
+
+def plus(first: Any, second: Any) -> Any:
+    """The sums of two tuples."""
+
+
+@inlined(plus)
+def _plus(first, second):
+    return (
+        lambda first, second: (first[0] + second[0],),
+        lambda first, second: (first[0] + second[0], first[1] + second[1]),
+        lambda first, second: (first[0] + second[0], first[1] + second[1], first[2] + second[2]),
+        lambda first, second: (
+            first[0] + second[0],
+            first[1] + second[1],
+            first[2] + second[2],
+            first[3] + second[3],
+        ),
+    )[len(second) - 1]
+
+
+def adds(goal: Any, tag: Any) -> bool:
+    """Whether a goal is of sums; asked of types."""
+    kind = goal.instance_class
+    return kind in (Centre, Lift, Slope) or (kind is Value and tag.instance_class is Total)
+
+
+def added(goal: Any, held: Any, more: Any) -> Any:
+    """Two accumulators of sums as one."""
+
+
+@inlined(added)
+def _added(goal, held, more):
+    kind = goal.instance_class
+    if kind is Lift:
+        return lambda goal, held, more: (plus(held[0], more[0]), held[1] + more[1])
+    if kind is Centre:
+        return lambda goal, held, more: (held[0] + more[0], held[1] + more[1])
+    return lambda goal, held, more: (held[0] + more[0],)
 
 
 # From lanes to one window ------------------------------------------------------------

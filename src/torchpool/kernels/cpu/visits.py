@@ -36,7 +36,7 @@ from torchpool.kernels.cpu.simd import (
     turned,
     width,
 )
-from torchpool.kernels.cpu.taking import Quick, across, take
+from torchpool.kernels.cpu.taking import Quick, across, added, adds, begin, take
 
 
 def weights_at(weights: Any, at: Any, stride: Any, like: Any) -> Any:
@@ -90,15 +90,15 @@ def take_edge(goal, tag, held, x, weights, base, places, live, code, a, p):
     return take(goal, tag, held, t, weights_in(weights, base, places, live), live, code, a, p)
 
 
-def visit_outputs(place, goal, tag, held, x, weights, lines, geo, a, p):
+def visit_outputs(place, span, goal, tag, held, x, weights, lines, geo, a, p):
     """All taps of windows side by side along the last axis."""
-    o, count = place
-    rows, codes, found = lines
+    o, count, _ = place
+    rows, codes, _ = lines
     stride, step, size = geo[3, STRIDE], geo[3, DILATION], geo[3, SIZE]
     like = splat(x, 0)
     lanes = width(like)
-    for k in range(found):
-        for j in range(geo[3, KERNEL]):
+    for k in range(span.row, span.past):
+        for j in range(span.first, span.end):
             place = o * stride - geo[3, BEFORE] + j * step
             at = rows[k] + place
             whole = place >= 0 and place + (count - 1) * stride < size
@@ -124,10 +124,10 @@ def visit_outputs(place, goal, tag, held, x, weights, lines, geo, a, p):
 _visit_any_outputs = njit(visit_outputs, **INNER)
 
 
-def visit_few_outputs(place, goal, tag, held, x, weights, lines, geo, a, p):
+def visit_few_outputs(place, span, goal, tag, held, x, weights, lines, geo, a, p):
     """The same without a question per tap, where there are up to three in a row, at stride 1 or
     2."""
-    o, count = place
+    o, count, _ = place
     rows, codes, found = lines
     kernel, stride, size = geo[3, KERNEL], geo[3, STRIDE], geo[3, SIZE]
     begin = o * stride - geo[3, BEFORE]
@@ -135,7 +135,7 @@ def visit_few_outputs(place, goal, tag, held, x, weights, lines, geo, a, p):
     if not (
         is_few and rows[0] + begin >= 0 and rows[found - 1] + begin + 2 * width(x) + 2 <= x.size
     ):
-        return _visit_any_outputs(place, goal, tag, held, x, weights, lines, geo, a, p)
+        return _visit_any_outputs(place, span, goal, tag, held, x, weights, lines, geo, a, p)
     if begin >= 0 and begin + (count - 1) * stride + kernel <= size:
         for k in range(found):
             held = take_row(goal, tag, held, x, rows[k] + begin, codes[k], kernel, stride, None)
@@ -177,13 +177,13 @@ def take_row(goal, tag, held, x, at, code, kernel, stride, live):
     return held
 
 
-def visit_inner(place, goal, tag, held, x, weights, lines, geo, a, p):
+def visit_inner(place, span, goal, tag, held, x, weights, lines, geo, a, p):
     """All taps of one window in some channels."""
-    first, end, start, step, c, count, inner = place
-    rows, codes, found = lines
+    _, _, start, step, c, count, inner, _ = place
+    rows, codes, _ = lines
     like = splat(x, 0)
-    for k in range(found):
-        for j in range(first, end):
+    for k in range(span.row, span.past):
+        for j in range(span.first, span.end):
             at = rows[k] + (start + j * step) * inner + c
             if at + width(like) <= x.size:
                 t, w = load_as(x, at, like), weights_at(weights, at, 1, like)
@@ -241,7 +241,7 @@ def _pick(x, at, places, blocks):
     return from_vectors
 
 
-def visit_listed(place, goal, tag, held, x, weights, lines, geo, a, p):
+def visit_listed(place, span, goal, tag, held, x, weights, lines, geo, a, p):
     """All taps of windows that are listed."""
     _, o, _, start, taps, steps, tab = place
     rows, codes, _ = lines
@@ -255,7 +255,7 @@ def visit_listed(place, goal, tag, held, x, weights, lines, geo, a, p):
         blocks += 1
     base += rows[0]
     is_near = weights is None and picks(x) and blocks <= NEAR
-    for j in range(geo[3, KERNEL]):
+    for j in range(span.first, span.end):
         live = (has & (np.int32(1) << np.int32(j))) != 0
         at = base + tab[steps + j]
         if is_near and at + blocks * pair <= x.size:
@@ -271,7 +271,7 @@ NEAR = 4
 """Pairs of vectors up to which their elements are picked rather than gathered."""
 
 
-def visit_tabled(place, goal, tag, held, x, weights, lines, geo, a, p):
+def visit_tabled(place, span, goal, tag, held, x, weights, lines, geo, a, p):
     """All taps of windows that a table gives: windows a constant apart that have every tap are
     read as vectors."""
     _, longest, step, places, counts = place
@@ -283,7 +283,7 @@ def visit_tabled(place, goal, tag, held, x, weights, lines, geo, a, p):
     reach = first + (longest - 1) * step + stride * width(like)
     is_even = 1 <= stride <= 4 and fits(x, rows[0], reach)
     is_even = is_even and not any_lane((at - numbers * stride != first) | (has != longest))
-    for j in range(longest):
+    for j in range(span.first, span.end):
         base = rows[0] + j * step
         if is_even:
             t = strided(x, base + first, stride, like)
@@ -294,14 +294,14 @@ def visit_tabled(place, goal, tag, held, x, weights, lines, geo, a, p):
     return held
 
 
-def visit_window(place, goal, tag, held, x, weights, lines, geo, a, p):
+def visit_window(place, span, goal, tag, held, x, weights, lines, geo, a, p):
     """All elements of one window, several of a row at a time."""
-    first, end, start = place
-    rows, codes, found = lines
+    end, start = span.end, place.start
+    rows, codes, _ = lines
     like = splat(x, 0)
     numbers = lane_numbers(like)
-    for k in range(found):
-        for j in range(first, end, width(like)):
+    for k in range(span.row, span.past):
+        for j in range(span.first, end, width(like)):
             at = rows[k] + start + j
             if j + width(like) <= end:
                 t, w = load_as(x, at, like), weights_at(weights, at, 1, like)
@@ -314,27 +314,58 @@ def visit_window(place, goal, tag, held, x, weights, lines, geo, a, p):
                 held = take_edge(
                     goal, tag, held, x, weights, at, numbers, live, numbers + (codes[k] + j), a, p
                 )
-    return across(goal, tag, held)
+    return held
+
+
+CHAIN = 64
+"""Up to so many numbers are added one after another."""
+
+
+@njit(**INNER)
+def chain(n):
+    """How many of n numbers to add one after another: a sum of so many such sums errs as much as
+    one of them."""
+    return CHAIN if n <= CHAIN * CHAIN else np.int64(np.sqrt(n))
+
+
+@njit(**INNER)
+def longest_run(step, n):
+    """The same of elements of which `step` are added at once."""
+    return chain(n // step) * step
 
 
 @njit(**INNER)
 def merge_window(tag, v, x, rows, found, window):
-    """All elements of one window, merged into the lanes of v: four vectors at a time, so that the
-    next four need not wait for each of them."""
+    """All elements of one window, merged into the lanes of v."""
     first, end, start = window
-    lanes = width(v)
+    most = longest_run(4 * width(v), found * (end - first))
+    if found * (end - first) <= most:
+        for k in range(found):
+            v = merge_run(tag, v, x, rows[k] + start + first, rows[k] + start + end)
+        return v
+    none = splat(x, identity(tag, x))
     for k in range(found):
-        at, stop = rows[k] + start + first, rows[k] + start + end
-        while at + 4 * lanes <= stop:
-            t = merge3(tag, load(x, at), load(x, at + lanes), load(x, at + 2 * lanes))
-            v = merge3(tag, v, t, load(x, at + 3 * lanes))
-            at += 4 * lanes
-        while at + lanes <= stop:
-            v = merge(tag, v, load(x, at))
-            at += lanes
-        if at < stop:
-            live = lane_numbers(v) < stop - at
-            v = choose(live, merge(tag, v, load_first(x, at, stop - at)), v)
+        for j in range(first, end, most):
+            at = rows[k] + start
+            v = merge(tag, v, merge_run(tag, none, x, at + j, at + min(end, j + most)))
+    return v
+
+
+@njit(**INNER)
+def merge_run(tag, v, x, at, stop):
+    """The elements `at .. stop - 1`, merged into the lanes of v: four vectors at a time, so that
+    the next four need not wait for each of them."""
+    lanes = width(v)
+    while at + 4 * lanes <= stop:
+        t = merge3(tag, load(x, at), load(x, at + lanes), load(x, at + 2 * lanes))
+        v = merge3(tag, v, t, load(x, at + 3 * lanes))
+        at += 4 * lanes
+    while at + lanes <= stop:
+        v = merge(tag, v, load(x, at))
+        at += lanes
+    if at < stop:
+        live = lane_numbers(v) < stop - at
+        v = choose(live, merge(tag, v, load_first(x, at, stop - at)), v)
     return v
 
 
@@ -352,27 +383,50 @@ def _merge_long_window(tag, x, rows, found, window):
 
 
 def _merge_by_halves(tag, x, rows, found, window):
-    """Half a cache line at a time: processors that compute in halves of a line fetch it sooner."""
     first, end, start = window
     v = splat(x, identity(tag, x))
-    lanes, half = width(v), width(v) // 2
-    a = b = half_of(v)
+    none = half_of(v), half_of(v), v
+    most = longest_run(2 * width(v), found * (end - first))
+    if found * (end - first) <= most:
+        held = none
+        for k in range(found):
+            held = run_by_halves(tag, held, x, rows[k] + start + first, rows[k] + start + end)
+        return whole_of(tag, held)
     for k in range(found):
-        at, stop = rows[k] + start + first, rows[k] + start + end
-        while at + 2 * lanes <= stop:
-            a = merge3(tag, a, load_as(x, at, a), load_as(x, at + lanes, a))
-            b = merge3(tag, b, load_as(x, at + half, b), load_as(x, at + lanes + half, b))
-            at += 2 * lanes
-        if at + lanes <= stop:
-            a, b = merge(tag, a, load_as(x, at, a)), merge(tag, b, load_as(x, at + half, b))
-            at += lanes
-        if at < stop:
-            live = lane_numbers(v) < stop - at
-            v = choose(live, merge(tag, v, load_first(x, at, stop - at)), v)
-    return merge(tag, v, joined(a, b))
+        for j in range(first, end, most):
+            at = rows[k] + start
+            held = run_by_halves(tag, none, x, at + j, at + min(end, j + most))
+            v = merge(tag, v, whole_of(tag, held))
+    return v
 
 
-# Places: which windows the lanes of a vector are ------------------------------------------
+@njit(**INNER)
+def whole_of(tag, held):
+    """Two halves and a whole vector, merged."""
+    return merge(tag, held[2], joined(held[0], held[1]))
+
+
+@njit(**INNER)
+def run_by_halves(tag, held, x, at, stop):
+    """The elements `at .. stop - 1`, merged into two halves of a vector and what is left at the end
+    into a whole one: processors that compute in halves of a cache line fetch it sooner."""
+    a, b, v = held
+    lanes, half = width(v), width(v) // 2
+    while at + 2 * lanes <= stop:
+        a = merge3(tag, a, load_as(x, at, a), load_as(x, at + lanes, a))
+        b = merge3(tag, b, load_as(x, at + half, b), load_as(x, at + lanes + half, b))
+        at += 2 * lanes
+    if at + lanes <= stop:
+        a, b = merge(tag, a, load_as(x, at, a)), merge(tag, b, load_as(x, at + half, b))
+        at += lanes
+    if at < stop:
+        live = lane_numbers(v) < stop - at
+        v = choose(live, merge(tag, v, load_first(x, at, stop - at)), v)
+    return a, b, v
+
+
+# Places: which windows the lanes of a vector are. Where windows are large, `chain` is how many
+# vectors are added one after another; None for all of a window ------------------------------
 
 
 class Outputs(NamedTuple):
@@ -380,6 +434,7 @@ class Outputs(NamedTuple):
 
     o: int
     number: int
+    chain: Any
 
 
 class Inner(NamedTuple):
@@ -393,6 +448,7 @@ class Inner(NamedTuple):
     c: int
     number: int
     inner: int
+    chain: Any
 
 
 class Listed(NamedTuple):
@@ -426,18 +482,41 @@ class Whole(NamedTuple):
     first: int
     end: int
     start: int
+    chain: Any
 
 
-def visit(
-    place: Any, goal: Any, tag: Any, held: Any, x: Any, weights: Any, lines: Any, geo: Any,
-    a: Any, p: Any,
+class Span(NamedTuple):
+    """Elements of windows: of the rows `row .. past - 1` the taps `first .. end - 1`."""
+
+    row: int
+    past: int
+    first: int
+    end: int
+
+
+def span_of(place: Any, lines: Any, geo: Any) -> Any:
+    """All elements of the windows at a place."""
+
+
+@inlined(span_of)
+def _span_of(place, lines, geo):
+    if place.instance_class is Tabled:
+        return lambda place, lines, geo: Span(0, 1, 0, place.longest)
+    if place.instance_class in (Inner, Whole):
+        return lambda place, lines, geo: Span(0, lines[2], place.first, place.end)
+    return lambda place, lines, geo: Span(0, lines[2], 0, geo[3, KERNEL])
+
+
+def read(
+    place: Any, span: Any, goal: Any, tag: Any, held: Any, x: Any, weights: Any, lines: Any,
+    geo: Any, a: Any, p: Any,
 ) -> Any:  # fmt: skip
-    """Lets an accumulator take every tap of the windows at a place. `lines` are the input rows of
-    the windows, the offsets of their first taps, and how many there are."""
+    """Lets an accumulator take a span of the windows at a place. `lines` are the input rows of the
+    windows, the offsets of their first taps, and how many there are."""
 
 
-@inlined(visit)
-def _visit(place, goal, tag, held, x, weights, lines, geo, a, p):
+@inlined(read)
+def _read(place, span, goal, tag, held, x, weights, lines, geo, a, p):
     if place.instance_class is Outputs and goal.instance_class is Quick:
         return visit_few_outputs
     return {
@@ -447,3 +526,66 @@ def _visit(place, goal, tag, held, x, weights, lines, geo, a, p):
         Tabled: visit_tabled,
         Whole: visit_window,
     }[place.instance_class]
+
+
+def visit_in_spans(place, goal, tag, held, x, weights, lines, geo, a, p):
+    """Sums of sums."""
+    like = splat(x, 0)
+    _, past, first, end = span_of(place, lines, geo)
+    taps = place.chain * step_of(place, like)
+    rows = max(1, taps // max(1, end - first))
+    for k in range(0, past, rows):
+        for j in range(first, end, taps):
+            span = Span(k, min(past, k + rows), j, min(end, j + taps))
+            some = begin(goal, tag, like, None)
+            some = read(place, span, goal, tag, some, x, weights, lines, geo, a, p)
+            held = added(goal, held, some)
+    return gathered(place, goal, tag, held)
+
+
+def step_of(place: Any, like: Any) -> Any:
+    """How many taps of a window are read at once."""
+
+
+@inlined(step_of)
+def _step_of(place, like):
+    if place.instance_class is Whole:
+        return lambda place, like: width(like)
+    return lambda place, like: 1
+
+
+def is_long(place: Any) -> bool:
+    """Whether windows are so large that their elements are not added one after another; asked of
+    types."""
+    fields = dict(zip(place.instance_class._fields, place.types, strict=True))
+    return fields.get("chain", types.none) != types.none
+
+
+def visit_at_once(place, goal, tag, held, x, weights, lines, geo, a, p):
+    """All elements one after another."""
+    span = span_of(place, lines, geo)
+    held = read(place, span, goal, tag, held, x, weights, lines, geo, a, p)
+    return gathered(place, goal, tag, held)
+
+
+def gathered(place: Any, goal: Any, tag: Any, held: Any) -> Any:
+    """An accumulator of the windows at a place, with what belongs to one of them together."""
+
+
+@inlined(gathered)
+def _gathered(place, goal, tag, held):
+    if place.instance_class is Whole:
+        return lambda place, goal, tag, held: across(goal, tag, held)
+    return lambda place, goal, tag, held: held
+
+
+def visit(
+    place: Any, goal: Any, tag: Any, held: Any, x: Any, weights: Any, lines: Any, geo: Any,
+    a: Any, p: Any,
+) -> Any:  # fmt: skip
+    """Lets an accumulator take every tap of the windows at a place; see `read`."""
+
+
+@inlined(visit)
+def _visit(place, goal, tag, held, x, weights, lines, geo, a, p):
+    return visit_in_spans if adds(goal, tag) and is_long(place) else visit_at_once

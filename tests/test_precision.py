@@ -1,0 +1,107 @@
+"""Sums of many numbers: their errors do not grow with their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import torchpool as tp
+
+BOUND = 2e-6
+"""Relative error of float32, some tens of roundings."""
+TERMS = 400 * 400
+
+
+def _mean_of(lift: Callable[[np.ndarray], np.ndarray], back: Callable) -> Callable:
+    return lambda x: back(lift(x).mean(-1))
+
+
+def _soft(x: np.ndarray) -> np.ndarray:
+    return (np.exp(x) * x).sum(-1) / np.exp(x).sum(-1)
+
+
+ORACLES: dict[str, tuple[tp.Reduction, Callable[[np.ndarray], np.ndarray]]] = {
+    "Sum": (tp.Sum(), lambda x: x.sum(-1)),
+    "Mean": (tp.Mean(), lambda x: x.mean(-1)),
+    "Lp": (tp.Lp(2.0), lambda x: np.sqrt((x**2).sum(-1))),
+    "PowerMean": (tp.PowerMean(3.0), _mean_of(lambda x: x**3, np.cbrt)),
+    "LogMeanExp": (tp.LogMeanExp(1.0), _mean_of(np.exp, np.log)),
+    "SoftmaxMean": (tp.SoftmaxMean(1.0), _soft),
+    "Var": (tp.Var(), lambda x: x.var(-1)),
+    "Std": (tp.Std(), lambda x: x.std(-1)),
+}
+each_reduction = pytest.mark.parametrize("name", ORACLES)
+
+
+def _numbers(*shape: int) -> Tensor:
+    """Of one sign, so that no sum cancels."""
+    return 1 + torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _worst(found: Tensor, name: str, x: Tensor) -> float:
+    """The greatest relative error; the last axis of x are the elements of a window."""
+    wanted = ORACLES[name][1](x.double().numpy())
+    return float(np.abs(found.double().numpy().reshape(wanted.shape) / wanted - 1).max())
+
+
+def test_one_chain_of_additions_would_not_do() -> None:
+    x = (_numbers(16, TERMS).numpy() - np.float32(1.5)) ** 2
+    in_a_chain = np.add.accumulate(x, 1)[:, -1]
+    assert np.abs(in_a_chain / x.astype(np.float64).sum(1) - 1).max() > 10 * BOUND
+
+
+@each_reduction
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_of_an_image(name: str, channels_last: bool) -> None:
+    x = _numbers(1, 16, 400, 400)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    y = tp.pool(x.contiguous(memory_format=layout), ORACLES[name][0], tp.Global())
+    assert _worst(y, name, x.flatten(2)) < BOUND
+
+
+@each_reduction
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("stride", [1, 100])
+def test_of_windows(name: str, channels_last: bool, stride: int) -> None:
+    x = _numbers(1, 16, 100, 110)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    given = x.contiguous(memory_format=layout)
+    y = tp.pool(given, ORACLES[name][0], tp.Window((100, 95), stride=stride))
+    windows = x.unfold(2, 100, stride).unfold(3, 95, stride).flatten(-2)
+    assert _worst(y, name, windows) < BOUND
+
+
+@each_reduction
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_of_weighted_elements(name: str, channels_last: bool) -> None:
+    x = _numbers(1, 16, TERMS)
+    given = x.transpose(1, 2).contiguous().transpose(1, 2) if channels_last else x
+    twice = torch.full_like(given, 2)
+    y = tp.pool(given, ORACLES[name][0], tp.Global(), weights=twice)
+    factor = {"Sum": 2, "Lp": 2**0.5}.get(name, 1)
+    assert _worst(y / factor, name, x) < BOUND
+
+
+@each_reduction
+@pytest.mark.parametrize("inner", [1, 8, 64])
+def test_of_segments(name: str, inner: int) -> None:
+    x = _numbers(TERMS, inner)
+    y = tp.segment_pool(x, ORACLES[name][0], offsets=torch.tensor([0, TERMS - 10, TERMS]))
+    assert _worst(y[0], name, x[:-10].T) < BOUND
+
+
+@each_reduction
+def test_of_parameters(name: str) -> None:
+    kind = type(ORACLES[name][0])
+    if kind.parameter is None or kind in (tp.Var, tp.Std):
+        kind = tp.PowerMean
+    slopes = []
+    for dtype in (torch.float32, torch.float64):
+        p = torch.tensor(2.5, requires_grad=True, dtype=dtype)
+        tp.pool(_numbers(1, 16, TERMS).to(dtype), kind(p), tp.Global()).sum().backward()
+        slopes.append(float(p.grad))
+    assert abs(slopes[0] / slopes[1] - 1) < 4 * BOUND
