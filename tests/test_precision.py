@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import torchpool as tp
+from torchpool.kernels.cpu import shares
 
 BOUND = 2e-6
 """Relative error of float32, some tens of roundings."""
@@ -73,6 +74,17 @@ def test_of_windows(name: str, channels_last: bool, stride: int) -> None:
     y = tp.pool(given, ORACLES[name][0], tp.Window((100, 95), stride=stride))
     windows = x.unfold(2, 100, stride).unfold(3, 95, stride).flatten(-2)
     assert _worst(y, name, windows) < BOUND
+
+
+@pytest.mark.parametrize("sizes", [(3, 400), (400, 3)])
+def test_small_and_large_windows_have_kernels_of_their_own(
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shares, "_entries", {})
+    x = _numbers(1, 16, 400, 400).contiguous(memory_format=torch.channels_last)
+    for size in sizes:
+        y = tp.pool(x, tp.Var(), tp.Window(size, stride=400))
+        assert _worst(y, "Var", x[:, :, :size, :size].flatten(2)) < BOUND
 
 
 @each_reduction

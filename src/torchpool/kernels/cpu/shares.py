@@ -182,7 +182,9 @@ def _add_words(words: list[int], arg: Any) -> None:
 
 def _kind(arg: Any) -> Any:
     """What tells the type of an argument: equal for arguments of one type."""
-    return (arg.dtype, arg.ndim) if isinstance(arg, np.ndarray) else type(arg)
+    if isinstance(arg, np.ndarray):
+        return arg.dtype, arg.ndim
+    return (type(arg), *map(_kind, arg)) if isinstance(arg, tuple) else type(arg)
 
 
 def _entry(kernel: Any, args: tuple[Any, ...]) -> int:
