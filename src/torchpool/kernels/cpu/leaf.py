@@ -38,6 +38,7 @@ from torchpool.kernels.cpu.parts import APART, COPYING, INNER, JIT, SELDOM
 from torchpool.kernels.cpu.plan import BEFORE, DILATION, KERNEL, LARGE, OUT, SIZE, STRIDE
 from torchpool.kernels.cpu.scalars import empty_buffer, identity, merge, merge3, over
 from torchpool.kernels.cpu.simd import (
+    address,
     after1,
     after2,
     choose,
@@ -46,7 +47,6 @@ from torchpool.kernels.cpu.simd import (
     lane_numbers,
     load,
     load_as,
-    load_first,
     odds,
     splat,
     store,
@@ -298,14 +298,26 @@ def windows_of_nine(tag, x, a, b, c, step, y, at, place, inner, counts, scale, i
 @njit(**INNER)
 def take_channels(tag, x, at, inner, buffer):
     """Merges one place in all channels with those in the buffer."""
-    like, c = splat(x, 0), 0
-    end = min(inner, x.size - at - width(x) + 1)
-    while c < end:
-        store(buffer, c, merge(tag, load_as(buffer, c, like), load(x, at + c)))
-        c += width(x)
-    if c < inner:
-        v = load_first(x, at + c, inner - c)
+    like = splat(x, 0)
+    for c in range(0, inner, width(x)):
+        v = load_some(x, at + c, inner - c)
         store(buffer, c, merge(tag, load_as(buffer, c, like), v))
+
+
+PAGE = 4096
+"""A load waits for a store before it whose address has the same last twelve bits."""
+
+
+@njit(**COPYING)
+def rows_apart(x, size):
+    """Two rows of scratch that begin half a page from where x does, so that nothing that is loaded
+    from there waits for what was stored here a moment ago, where rows are whole pages."""
+    itemsize = empty_buffer(x, 0).itemsize
+    page = PAGE // itemsize
+    pitch = -(-size // page) * page
+    room = empty_buffer(x, 2 * pitch + page)
+    start = (address(x) + PAGE // 2 - address(room)) % PAGE // itemsize
+    return room[start : start + pitch], room[start + pitch : start + 2 * pitch]
 
 
 @njit(**INNER)
@@ -316,10 +328,9 @@ def empty_row(tag, x, buffer, inner):
 
 
 @njit(**APART)
-def many_places(tag, x, rows, found, first, end, begin, step, inner, buffer):
-    """As in `long_windows`; behind the buffer's row of channels lies one for the places that are
-    merged one after another."""
-    some = buffer[buffer.size // 2 :]
+def many_places(tag, x, rows, found, first, end, begin, step, inner, buffer, some):
+    """As in `long_windows`; `some` is a row of channels for the places that are merged one after
+    another."""
     empty_row(tag, x, some, inner)
     most, taken = max(LONG, chain(found * (end - first))), 0
     for k in range(found):
@@ -347,16 +358,17 @@ vain for some time."""
 
 
 @njit(**INNER)
-def long_windows(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean, buffer):
+def long_windows(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean, scratch):
     """Windows of many places: each is read once, in the order of memory, in all channels, and
     merged into a row of them."""
+    buffer, some = scratch
     lanes, step, like = width(x), geo[3, DILATION] * inner, splat(x, 0)
     for o in range(geo[3, OUT]):
         first, end, start = taps_of(geo, tab, 3, o)
         begin = start * inner
         empty_row(tag, x, buffer, inner)
         if found * (end - first) > LONG:
-            many_places(tag, x, rows, found, first, end, begin, step, inner, buffer)
+            many_places(tag, x, rows, found, first, end, begin, step, inner, buffer, some)
         else:
             for k in range(found):
                 for j in range(first, end):
@@ -412,7 +424,7 @@ def channels(begin, end, tag, x, y, geo, tab, inner, column, fixed):
     rows, codes = np.empty(most, np.int64), np.empty(most, np.int64)
     o = np.empty(3, np.int64)
     is_mean = column >= 0
-    counts, buffer = empty_buffer(x, row), empty_buffer(x, 2 * (inner + width(x)))
+    counts, scratch = empty_buffer(x, row), rows_apart(x, inner + width(x))
     if is_mean:
         count_row(counts, geo, tab, inner, column, fixed)
     taps = geo[0, KERNEL] * geo[1, KERNEL] * geo[2, KERNEL] * geo[3, KERNEL]
@@ -425,7 +437,7 @@ def channels(begin, end, tag, x, y, geo, tab, inner, column, fixed):
         at = unit * row
         if taps > LARGE:
             long_windows(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean,
-                         buffer)  # fmt: skip
+                         scratch)  # fmt: skip
         else:
             row_of_channels(tag, x, rows, found, y, at, geo, tab, inner, counts, scale, is_mean)
         plane = advance(geo, OUT, o, plane)

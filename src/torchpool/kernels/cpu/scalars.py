@@ -183,7 +183,7 @@ def _empty_buffer(like, size):
 
     def aligned(like, size):
         room = np.empty(size + spare, dtype)
-        start = -room.ctypes.data % line // width
+        start = -simd.address(room) % line // width
         return room[start : start + size]
 
     return aligned

@@ -217,6 +217,17 @@ def _per_line(array):
     return lambda array: count
 
 
+@intrinsic
+def address(typingctx: Any, array: Any) -> Any:
+    """Where an array begins in memory."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        data, _ = memory(context, builder, array, args[0])
+        return builder.ptrtoint(data, _I64)
+
+    return types.int64(array), build
+
+
 def _address(context: Any, builder: Any, kind: Any, array: Any, at: Any, count: Any) -> Any:
     """Where element `at` lies; `count` elements from there on are touched, and checked if bounds
     are."""
